@@ -6,6 +6,7 @@
 namespace dlm_fast {
 
 void bind_build_info(pybind11::module_& m);
+void bind_fma_peak(pybind11::module_& m);
 void bind_head_inputs(pybind11::module_& m);
 void bind_philox(pybind11::module_& m);
 void bind_unmask_select(pybind11::module_& m);

@@ -4,6 +4,7 @@
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ and CUDA kernels of dlm_fast; use them through dlm_fast.ops";
   dlm_fast::bind_build_info(m);
+  dlm_fast::bind_fma_peak(m);
   dlm_fast::bind_head_inputs(m);
   dlm_fast::bind_philox(m);
   dlm_fast::bind_unmask_select(m);
