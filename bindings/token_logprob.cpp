@@ -37,7 +37,7 @@ void bind_token_logprob(py::module_& m) {
         bound.inputs, outputs_at(forward),
         {pointer<void>(cotangents[0]), pointer<void>(cotangents[1]), pointer<void>(cotangents[2])},
         {pointer<void>(gradients[0]), pointer<void>(gradients[1]), pointer<void>(gradients[2]),
-         false, 1.0});
+         false, 1.0, bound.inputs.dtype == Dtype::kBFloat16});
   });
 }
 

@@ -24,7 +24,8 @@ void bind_weighted_logprob(py::module_& m) {
           cpu::weighted_logprob(bound.inputs, pointer<void>(row_weight), pointer<void>(objective),
                                 pointer<void>(logprob),
                                 {pointer<void>(gradients[0]), pointer<void>(gradients[1]),
-                                 pointer<void>(gradients[2]), accumulate, alpha});
+                                 pointer<void>(gradients[2]), accumulate, alpha,
+                                 !accumulate && bound.inputs.dtype == Dtype::kBFloat16});
         });
 }
 

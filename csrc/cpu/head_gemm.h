@@ -5,6 +5,8 @@
 // gradients. Weight gradient: logit gradients times hidden columns.
 #pragma once
 
+#include <algorithm>
+
 #include "common/host_device.h"
 #include "cpu/head_kernels.h"
 
@@ -107,6 +109,17 @@ struct HeadGemm {
         numbers.store(out + i * kWeightStride + k);
         prefetch(weight, (v + i + kTile) * weight.stride + d + k);
       }
+  }
+
+  static void round(const Real* numbers, int64_t count, uint16_t* bfloat16) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) V::load(numbers + i).store_bfloat16(bfloat16 + i);
+    if (i == count) return;
+    Real last[kLanes] = {};
+    uint16_t words[kLanes];
+    std::copy(numbers + i, numbers + count, last);
+    V::load(last).store_bfloat16(words);
+    std::copy(words, words + (count - i), bfloat16 + i);
   }
 
   static void add_rows(const Real* panel, int64_t columns, const int64_t* rows, int64_t count,

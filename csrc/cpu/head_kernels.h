@@ -120,6 +120,7 @@ struct HeadKernels {
                           const WeightUpdate<Real>& update);
   // out[v] = sum over n rows of the gradient
   void (*bias_gradient)(const Real* gradient, int64_t v, int64_t n, Real* out);
+  void (*round)(const Real* numbers, int64_t count, uint16_t* bfloat16);
   // out[rows[i]] += column i of the panel [columns, P], for columns [0, columns)
   void (*add_rows)(const Real* panel, int64_t columns, const int64_t* rows, int64_t count,
                    int64_t stride, Real* out);

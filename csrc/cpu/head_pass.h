@@ -401,4 +401,21 @@ class HeadPass {
   Buffer<Real> hidden_gradient_;  // [panels, D, P]
 };
 
+// Where the caller wants a rounded gradient of the head: sums it in float32, then rounds it.
+template <class Run>
+void with_rounded_weight(const HeadInputs& in, const HeadGradients& out, const Run& run) {
+  if (!out.round || !out.weight) return run(out);
+  Buffer<float> sums(in.v * in.d);
+  HeadGradients wide = out;
+  wide.weight = sums.data();
+  wide.round = false;
+  run(wide);
+  const HeadKernels<float>& kernels = head_kernels<float>();
+  parallel_for(ceil_div(in.v, kBlockV), in.num_threads, [&](int64_t block) {
+    const int64_t first = block * kBlockV * in.d;
+    const int64_t count = std::min(kBlockV * in.d, in.v * in.d - first);
+    kernels.round(sums.data() + first, count, static_cast<uint16_t*>(out.weight) + first);
+  });
+}
+
 }  // namespace dlm_fast::cpu

@@ -225,6 +225,7 @@ HeadKernels<typename V::Real> make_head_kernels() {
   kernels.hidden_gradient = Gemm::hidden_gradient;
   kernels.weight_gradient = Gemm::weight_gradient;
   kernels.bias_gradient = Rowwise::bias_gradient;
+  kernels.round = Gemm::round;
   kernels.add_rows = Gemm::add_rows;
   return kernels;
 }

@@ -100,7 +100,9 @@ void token_logprob_bwd(const HeadInputs& inputs, const TokenLogprobOutputs& forw
   if (inputs.dtype == Dtype::kFloat64)
     backward<double>(inputs, forward, cotangents, gradients);
   else
-    backward<float>(inputs, forward, cotangents, gradients);
+    with_rounded_weight(inputs, gradients, [&](const HeadGradients& wide) {
+      backward<float>(inputs, forward, cotangents, wide);
+    });
 }
 
 }  // namespace dlm_fast::cpu

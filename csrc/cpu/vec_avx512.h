@@ -31,6 +31,16 @@ struct Vec {
   void store(float* p) const {
     _mm512_storeu_ps(p, x);
   }
+  // To nearest, ties to even, as torch rounds; subnormal numbers too, unlike the instruction.
+  void store_bfloat16(uint16_t* p) const {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(_mm512_set1_epi32(0x7FFF), odd);
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, up), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i words = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
+  }
   static Vec set(float value) {
     return {_mm512_set1_ps(value)};
   }

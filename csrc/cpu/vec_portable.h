@@ -20,6 +20,14 @@ inline float float_from_bfloat16(uint16_t bits) {
   return float_from_bits(uint32_t{bits} << 16);
 }
 
+// To nearest, ties to even, as torch rounds.
+inline uint16_t bfloat16_from_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (value != value) return 0x7FC0;
+  return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
 inline float float_from_half(uint16_t half) {
   const uint32_t sign = uint32_t{half & 0x8000u} << 16;
   const uint32_t exponent = (half >> 10) & 0x1Fu;
@@ -58,6 +66,9 @@ struct Vec {
   }
   void store(R* p) const {
     for (int i = 0; i < kWidth; ++i) p[i] = x[i];
+  }
+  void store_bfloat16(uint16_t* p) const {
+    for (int i = 0; i < kWidth; ++i) p[i] = bfloat16_from_float(static_cast<float>(x[i]));
   }
   static Vec set(R value) {
     return make([&](int) { return value; });

@@ -96,7 +96,9 @@ void weighted_logprob(const HeadInputs& inputs, const void* row_weight, void* ob
   if (inputs.dtype == Dtype::kFloat64)
     run<double>(inputs, row_weight, objective, logprob, gradients);
   else
-    run<float>(inputs, row_weight, objective, logprob, gradients);
+    with_rounded_weight(inputs, gradients, [&](const HeadGradients& wide) {
+      run<float>(inputs, row_weight, objective, logprob, wide);
+    });
 }
 
 }  // namespace dlm_fast::cpu

@@ -70,15 +70,28 @@ def output_dtype(inputs: torch.dtype) -> torch.dtype:
 
 def check_device(op: str, **tensors: Tensor | None) -> None:
     """All tensors on the CPU."""
-    refuse_cuda(op, *tensors.values())
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device.type != "cpu":
+        if tensor is not None and not tensor.is_cpu:
+            refuse_cuda(op, tensor)
             raise ValueError(f"{op}: {name} lies on {tensor.device}; move it to the CPU")
 
 
 def unit_stride(matrix: Tensor) -> Tensor:
     """The matrix with neighbouring columns next to each other; rows may keep any stride."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def indices(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous and of the type; asking first costs a tenth of a conversion that does nothing."""
+    if numbers.dtype == dtype and numbers.is_contiguous():
+        return numbers
+    return numbers.to(dtype).contiguous()
+
+
+def empty_rows(like: Tensor, num_rows: int, count: int) -> tuple[Tensor, ...]:
+    """Several [N] tensors in the type of the outputs, on the device of ``like``."""
+    first = torch.empty(num_rows, dtype=output_dtype(like.dtype), device=like.device)
+    return first, *(torch.empty_like(first) for _ in range(count - 1))
 
 
 def bound_inputs(
@@ -93,10 +106,9 @@ def bound_inputs(
     """The extension's view of checked inputs; it keeps no tensor alive."""
     return extension().HeadInputs(
         (
-            len(hidden) if rows is None else len(rows),
-            len(hidden),
-            hidden.shape[1],
-            len(weight),
+            (hidden if rows is None else rows).shape[0],
+            *hidden.shape,
+            weight.shape[0],
         ),
         FLOAT_DTYPES.index(hidden.dtype),
         (hidden.stride(0), weight.stride(0)),
@@ -217,13 +229,13 @@ def _check_rows(op: str, rows: Tensor, num_hidden: int) -> Tensor:
     if rows.dim() != 1:
         raise ValueError(f"{op}: rows must have shape [N], got {tuple(rows.shape)}")
     if rows.numel() and not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in rows.aminmax())
+        low, high = map(int, rows.aminmax())
         if low < 0 or high >= num_hidden:
             wrong = low if low < 0 else high
             raise ValueError(
                 f"{op}: rows holds {wrong}, but hidden has rows 0 to {num_hidden - 1} only"
             )
-    return rows.to(torch.int32).contiguous()
+    return indices(rows, torch.int32)
 
 
 def _check_targets(
@@ -238,12 +250,12 @@ def _check_targets(
             f"got {tuple(targets.shape)}"
         )
     if num_rows and not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in targets.aminmax())
+        low, high = map(int, targets.aminmax())
         if low < 0 or high >= vocabulary:
             _check_target_range(op, targets, vocabulary)
         if forbidden and low <= forbidden[-1]:
             _check_target_allowed(op, targets, forbidden)
-    return targets.to(torch.int64).contiguous()
+    return indices(targets, torch.int64)
 
 
 def _check_target_range(op: str, targets: Tensor, vocabulary: int) -> None:

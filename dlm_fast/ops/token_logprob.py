@@ -20,6 +20,7 @@ from dlm_fast.ops._head_inputs import (
     bound_inputs,
     check_head_inputs,
     check_temperature,
+    empty_rows,
     output_dtype,
     unit_stride,
 )
@@ -118,8 +119,7 @@ def _token_logprob(
 def _empty_outputs(
     hidden: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = output_dtype(hidden.dtype)
-    a, b, c, d, e = (hidden.new_empty(targets.shape, dtype=dtype) for _ in range(5))
+    a, b, c, d, e = empty_rows(hidden, targets.shape[0], 5)
     return a, b, c, d, e
 
 
@@ -163,18 +163,22 @@ def _token_logprob_bwd(
         addresses(*cotangents),
         addresses(*(g if want else None for g, want in zip(gradients, wanted, strict=True))),
     )
-    # Sums are rounded to the inputs' type once, here.
     return gradients[0].to(hidden.dtype), gradients[1].to(weight.dtype), gradients[2]
 
 
 def empty_gradients(
     hidden: Tensor, weight: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where kernels leave gradients: hidden zero, because rows are added to it."""
+    """Where kernels leave gradients: hidden zero, because rows are added to it.
+
+    That of a bfloat16 head is rounded by the kernel, once. float16 sums stay in float32: a scale
+    that comes later, as of a loss scaler, would find small ones rounded to zero.
+    """
     dtype = output_dtype(hidden.dtype)
+    weight_dtype = weight.dtype if weight.dtype == torch.bfloat16 else dtype
     return (
         hidden.new_zeros(hidden.shape if wanted[0] else (0,), dtype=dtype),
-        weight.new_empty(weight.shape if wanted[1] else (0,), dtype=dtype),
+        weight.new_empty(weight.shape if wanted[1] else (0,), dtype=weight_dtype),
         weight.new_empty(weight.shape[:1] if wanted[2] else (0,), dtype=dtype),
     )
 

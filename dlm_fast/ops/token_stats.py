@@ -21,7 +21,7 @@ from dlm_fast.ops._head_inputs import (
     IGNORED,
     bound_inputs,
     check_head_inputs,
-    output_dtype,
+    empty_rows,
     unit_stride,
 )
 from dlm_fast.ops._head_reference import allowed_logits_ref, entropy_ref
@@ -215,9 +215,8 @@ def _empty_outputs(
     hidden: Tensor, rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows = hidden.shape[0] if rows is None else rows.shape[0]
-    dtype = output_dtype(hidden.dtype)
-    token_N = hidden.new_empty(num_rows, dtype=torch.int64)
-    a, b, c, d, e = (hidden.new_empty(num_rows, dtype=dtype) for _ in range(5))
+    token_N = torch.empty(num_rows, dtype=torch.int64, device=hidden.device)
+    a, b, c, d, e = empty_rows(hidden, num_rows, 5)
     return token_N, a, b, c, d, e
 
 

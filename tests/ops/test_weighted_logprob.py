@@ -164,6 +164,27 @@ def test_equals_token_logprob(n, d, v, dtype, seed):
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("n", [3, 300, 1100])
+def test_bfloat16_gradients_are_the_rounded_sums(level, n):
+    """Whether the kernel rounds while it sums or afterwards; tiny and NaN sums too."""
+    p = problem(n, 37, 521, torch.bfloat16, bias=True)
+    row_weight = weights_of(n)
+    row_weight[: n // 2] *= 1e-37
+    if n == 3:
+        p.hidden[p.rows[2].long(), 5] = math.nan
+    with simd_level(level):
+        _, _, gradients = run(weighted_logprob, p, row_weight)
+        sums = torch.zeros(521, 37)
+        _, _, hidden = weighted_logprob_(
+            *p.head, row_weight, rows=p.rows, bias=p.bias, weight_grad=sums
+        )
+    assert gradients[1].dtype == torch.bfloat16
+    assert torch.equal(gradients[1].nan_to_num(), sums.to(torch.bfloat16).nan_to_num())
+    assert torch.equal(gradients[1].isnan(), sums.isnan())
+    assert torch.equal(gradients[0].nan_to_num(), hidden.nan_to_num())
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_rows_of_weight_zero_stay_out(level):
     with simd_level(level):
         p = problem(40, 20, 300, bias=True)

@@ -27,6 +27,7 @@ struct HeadGradients {
   void* bias;       // [V]
   bool accumulate;  // add to weight and bias; otherwise overwrite them
   double alpha;     // factor of the gradients of weight and bias
+  bool round;       // weight is bfloat16: the sums are rounded, once; never with accumulate
 };
 
 namespace cpu {
