@@ -12,4 +12,6 @@ PYBIND11_MODULE(_C, m) {
   dlm_fast::bind_token_logprob(m);
   dlm_fast::bind_token_stats(m);
   dlm_fast::bind_weighted_logprob(m);
+  dlm_fast::bind_row_stats(m);
+  dlm_fast::bind_nvcc_launch(m);
 }

@@ -1,38 +1,51 @@
 // One-pass softmax statistics of a row: partial states, their merge, the finished numbers.
+// Compiles under NVRTC.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <limits>
+#include "common/real_math.h"
 
 namespace dlm_fast {
 
 // State of the columns seen so far. A column of minus infinity adds nothing; NaN ends up in sum.
-struct SoftmaxState {
-  double max = -std::numeric_limits<double>::infinity();
-  double sum = 0.0;                                          // of e^(z - max)
-  double weighted = 0.0;                                     // of e^(z - max) * (z - max)
-  double second = -std::numeric_limits<double>::infinity();  // second largest z
-  int64_t index = -1;                                        // of max, the lowest on ties
+template <typename Real>
+struct SoftmaxStateOf {
+  Real max = -infinity_of<Real>();
+  Real sum = 0;                        // of e^(z - max)
+  Real weighted = 0;                   // of e^(z - max) * (z - max)
+  Real second = -infinity_of<Real>();  // second largest z
+  long long index = -1;                // of max, the lowest on ties
 };
+
+using SoftmaxState = SoftmaxStateOf<double>;
 
 // Scales the sums of a state to another maximum. Without a column there is nothing to scale, and
 // 0 * (-inf) would turn it into NaN.
-inline void rescale(SoftmaxState& state, double max) {
-  if (state.sum == 0.0 || state.max == max) return;
-  const double shift = state.max - max;
-  const double ratio = std::exp(shift);
+template <typename Real>
+DLM_HOST_DEVICE inline void rescale(SoftmaxStateOf<Real>& state, Real max) {
+  if (state.sum == 0 || state.max == max) return;
+  const Real shift = state.max - max;
+  const Real ratio = exp_of(shift);
   state.weighted = ratio * (state.weighted + state.sum * shift);
   state.sum *= ratio;
 }
 
-// `right` holds columns behind those of `left`; the order of merging is part of the result.
-inline SoftmaxState merge(SoftmaxState left, SoftmaxState right) {
-  SoftmaxState merged;
-  merged.max = std::max(left.max, right.max);
-  merged.index = right.max > left.max || left.index < 0 ? right.index : left.index;
-  merged.second = std::max({std::min(left.max, right.max), left.second, right.second});
+// Of the two maxima; -1 stands for no column.
+template <typename Real>
+DLM_HOST_DEVICE inline long long merged_index(const SoftmaxStateOf<Real>& left,
+                                              const SoftmaxStateOf<Real>& right) {
+  if (left.index < 0 || right.max > left.max) return right.index;
+  if (right.index < 0 || left.max > right.max) return left.index;
+  return smaller_of(left.index, right.index);
+}
+
+// The order of merging is part of the result.
+template <typename Real>
+DLM_HOST_DEVICE inline SoftmaxStateOf<Real> merge(SoftmaxStateOf<Real> left,
+                                                  SoftmaxStateOf<Real> right) {
+  SoftmaxStateOf<Real> merged;
+  merged.max = larger_of(left.max, right.max);
+  merged.index = merged_index(left, right);
+  merged.second = larger_of(smaller_of(left.max, right.max), larger_of(left.second, right.second));
   rescale(left, merged.max);
   rescale(right, merged.max);
   merged.sum = left.sum + right.sum;
@@ -41,23 +54,26 @@ inline SoftmaxState merge(SoftmaxState left, SoftmaxState right) {
 }
 
 // These forms avoid the cancellation of lse - sum p z.
-struct SoftmaxSummary {
-  double log_sum;  // lse - max
-  double lse;
-  double entropy;
-  double confidence;  // of the largest logit
-  double margin;
+template <typename Real>
+struct SoftmaxSummaryOf {
+  Real log_sum;  // lse - max
+  Real lse;
+  Real entropy;
+  Real confidence;  // of the largest logit
+  Real margin;
 };
 
-inline SoftmaxSummary summarise(const SoftmaxState& state) {
-  SoftmaxSummary summary;
-  summary.log_sum = std::log(state.sum);
+using SoftmaxSummary = SoftmaxSummaryOf<double>;
+
+template <typename Real>
+DLM_HOST_DEVICE inline SoftmaxSummaryOf<Real> summarise(const SoftmaxStateOf<Real>& state) {
+  SoftmaxSummaryOf<Real> summary;
+  summary.log_sum = log_of(state.sum);
   summary.lse = state.max + summary.log_sum;
   summary.entropy = summary.log_sum - state.weighted / state.sum;
   // Without a column above minus infinity there is no distribution.
-  const double nan = std::numeric_limits<double>::quiet_NaN();
-  summary.confidence = state.sum == 0.0 ? nan : 1.0 / state.sum;
-  summary.margin = (1.0 - std::exp(state.second - state.max)) / state.sum;
+  summary.confidence = state.sum == 0 ? nan_of<Real>() : 1 / state.sum;
+  summary.margin = (1 - exp_of(state.second - state.max)) / state.sum;
   return summary;
 }
 

@@ -1,0 +1,42 @@
+// Elementary functions by overload, on the CPU, under nvcc and under NVRTC.
+#pragma once
+
+#ifndef __CUDACC_RTC__  // NVRTC knows these functions without a header
+#include <math.h>
+#endif
+
+#include "common/host_device.h"
+
+namespace dlm_fast {
+
+DLM_HOST_DEVICE inline float exp_of(float x) {
+  return ::expf(x);
+}
+DLM_HOST_DEVICE inline double exp_of(double x) {
+  return ::exp(x);
+}
+DLM_HOST_DEVICE inline float log_of(float x) {
+  return ::logf(x);
+}
+DLM_HOST_DEVICE inline double log_of(double x) {
+  return ::log(x);
+}
+
+template <typename Real>
+DLM_HOST_DEVICE inline Real infinity_of() {
+  return static_cast<Real>(__builtin_huge_val());
+}
+template <typename Real>
+DLM_HOST_DEVICE inline Real nan_of() {
+  return static_cast<Real>(__builtin_nan(""));
+}
+template <typename Real>
+DLM_HOST_DEVICE inline Real larger_of(Real a, Real b) {
+  return a < b ? b : a;
+}
+template <typename Real>
+DLM_HOST_DEVICE inline Real smaller_of(Real a, Real b) {
+  return b < a ? b : a;
+}
+
+}  // namespace dlm_fast

@@ -1,0 +1,21 @@
+// All kernel bodies, compiled for the emulator.
+#pragma once
+
+#include <vector>
+
+#include "emulation/emulator.h"
+
+namespace dlm_fast::emulation {
+
+// Of every body, with the name of its file.
+struct Body {
+  const char* name;
+  std::vector<Kernel> kernels;
+};
+
+const std::vector<Body>& bodies();
+
+// Throws std::invalid_argument for an unknown name.
+const Kernel& kernel_named(const std::string& name);
+
+}  // namespace dlm_fast::emulation

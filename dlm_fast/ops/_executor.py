@@ -1,0 +1,95 @@
+"""Who runs the CUDA kernel bodies: nvcc's build in the extension, CuPy, or, in tests, the emulator.
+
+A plan is ``(kernel, (grid_x, grid_y), threads, cluster, shared_bytes, params)``, made by the
+extension's ``plan_*`` functions; every kernel takes one struct of plain data by value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from dlm_fast.ops._common import extension
+
+Plan = tuple[str, tuple[int, int], int, int, int, bytes]
+
+
+class Executor(Protocol):
+    """Starts planned launches."""
+
+    name: str
+
+    def launch(self, plan: Plan, device: torch.device) -> None:
+        """On torch's current stream of the device, whatever the current device is; no wait."""
+        ...
+
+
+class BuiltIn:
+    """Kernels that nvcc compiled into the extension."""
+
+    name = "built in (nvcc)"
+
+    def __init__(self, module: Any) -> None:
+        self._launch = module.cuda_launch
+
+    def launch(self, plan: Plan, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            self._launch(plan, torch.cuda.current_stream(device).cuda_stream)
+
+
+class Emulated:
+    """Kernel bodies run thread by thread on the CPU: a test device."""
+
+    name = "emulated"
+    ORDERS = ("forward", "reverse", "random")
+
+    def __init__(self, order: str = "forward", seed: int = 0) -> None:
+        from dlm_fast import _C_emulated  # type: ignore[attr-defined]
+
+        self._module = _C_emulated
+        self._setting = (self.ORDERS.index(order), seed)
+
+    def launch(self, plan: Plan, device: torch.device) -> None:
+        self._module.set_order(*self._setting)
+        self._module.cuda_launch(plan, 0)
+
+
+_emulator: contextvars.ContextVar[Emulated | None] = contextvars.ContextVar(
+    "emulator", default=None
+)
+
+
+@contextlib.contextmanager
+def emulated(order: str = "forward", seed: int = 0) -> Iterator[Emulated]:
+    """Inside, ops on CPU tensors take the whole CUDA path on the emulator. For tests."""
+    executor = Emulated(order, seed)
+    token = _emulator.set(executor)
+    try:
+        yield executor
+    finally:
+        _emulator.reset(token)
+
+
+def executor_of(device: torch.device) -> Executor | None:
+    """None: the C++ backend of the CPU. Raises where a CUDA device has no executor."""
+    if device.type == "cpu":
+        return _emulator.get()
+    return _cuda_executor()
+
+
+_cuda: Executor | None = None
+
+
+def _cuda_executor() -> Executor:
+    global _cuda
+    if _cuda is None:
+        module = extension()
+        if hasattr(module, "cuda_launch"):
+            _cuda = BuiltIn(module)
+        else:
+            raise RuntimeError("no executor")
+    return _cuda
