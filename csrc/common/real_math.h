@@ -1,8 +1,14 @@
 // Elementary functions by overload, on the CPU, under nvcc and under NVRTC.
 #pragma once
 
-#ifndef __CUDACC_RTC__  // NVRTC knows these functions without a header
+// NVRTC knows the functions without a header, but no names for these values.
+#ifdef __CUDACC_RTC__
+#define DLM_INFINITY __int_as_float(0x7F800000)
+#define DLM_NAN __int_as_float(0x7FC00000)
+#else
 #include <math.h>
+#define DLM_INFINITY HUGE_VALF
+#define DLM_NAN NAN
 #endif
 
 #include "common/host_device.h"
@@ -24,11 +30,11 @@ DLM_HOST_DEVICE inline double log_of(double x) {
 
 template <typename Real>
 DLM_HOST_DEVICE inline Real infinity_of() {
-  return static_cast<Real>(__builtin_huge_val());
+  return static_cast<Real>(DLM_INFINITY);
 }
 template <typename Real>
 DLM_HOST_DEVICE inline Real nan_of() {
-  return static_cast<Real>(__builtin_nan(""));
+  return static_cast<Real>(DLM_NAN);
 }
 template <typename Real>
 DLM_HOST_DEVICE inline Real larger_of(Real a, Real b) {

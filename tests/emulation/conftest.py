@@ -22,7 +22,7 @@ def executor(request: pytest.FixtureRequest) -> Iterator[Emulated]:
 
 @pytest.fixture(autouse=True)
 def covered(request: pytest.FixtureRequest) -> Iterator[None]:
-    """``@pytest.mark.covers("kernel", ...)``: the test launches these kernels, on two blocks or more."""
+    """``@pytest.mark.covers("kernel")``: the test launches the kernel, on two blocks or more."""
     marker = request.node.get_closest_marker("covers")
     _C_emulated.forget_launches()
     yield

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlm_fast.ops import _executor
 from dlm_fast.ops._common import addresses, extension
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
