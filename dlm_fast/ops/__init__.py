@@ -1,5 +1,7 @@
 """The ops: one chain each from C++ to a public function, with a pure-torch twin beside it."""
 
+from dlm_fast.ops.axpy_multi import axpy_multi, axpy_multi_ref
+from dlm_fast.ops.grad_accumulator import GradAccumulator, GradStatistics
 from dlm_fast.ops.interval_attention import interval_attention_ref
 from dlm_fast.ops.mask_tokens import Masked, mask_tokens, mask_tokens_ref
 from dlm_fast.ops.philox import Rng, Stream, gumbel, mix64, philox_uniform, philox_uniform_ref
@@ -40,4 +42,8 @@ __all__ = [
     "Masked",
     "unmask_select",
     "unmask_select_ref",
+    "GradAccumulator",
+    "GradStatistics",
+    "axpy_multi",
+    "axpy_multi_ref",
 ]

@@ -37,6 +37,7 @@ class Stream(IntEnum):
     UNMASK = 2
     DATA = 3
     POLICY = 4
+    ROUNDING = 5
 
 
 def _finalise(x: int) -> int:
