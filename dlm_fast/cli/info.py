@@ -100,6 +100,8 @@ def _extension() -> tuple[ModuleType | None, str | None]:
 def _in_force(extension: ModuleType | None, cuda: Any) -> tuple[dict[str, str], list[str]]:
     import torch
 
+    from dlm_fast.ops._common import CUDA_WAYS
+
     warnings = []
     on_cpu, on_cuda = "none", "none: tensors on a GPU are refused"
     if extension is not None:
@@ -107,21 +109,26 @@ def _in_force(extension: ModuleType | None, cuda: Any) -> tuple[dict[str, str], 
         on_cpu = f"C++, {SIMD_LEVELS[level]}"
         if level < best:
             on_cpu += f" (lowered from {SIMD_LEVELS[best]})"
-        with_cuda = [
-            name.removesuffix("_cuda") for name in dir(extension) if name.endswith("_cuda")
-        ]
-        if with_cuda:
-            on_cuda = f"built in: {', '.join(with_cuda)}"
+        on_cuda = _on_cuda()
     if cuda is not None:
         outdated = driver_warning(cuda["runtime_version"], cuda["driver_version"])
         warnings += [outdated] if outdated else []
     if torch.cuda.is_available() and on_cuda.startswith("none"):
-        warnings.append("this version has no kernels for the GPU here: it computes on the CPU")
+        warnings.append(f"nothing runs kernels on the GPU here; {CUDA_WAYS}")
     return {
         "kernels on the CPU": on_cpu,
         "kernels on CUDA": on_cuda,
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
     }, warnings
+
+
+def _on_cuda() -> str:
+    from dlm_fast.ops._executor import cuda_executor
+
+    try:
+        return cuda_executor().name
+    except (ImportError, FileNotFoundError) as error:
+        return f"none: {error}"
 
 
 def _machine(cuda: Any) -> dict[str, str]:

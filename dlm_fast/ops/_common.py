@@ -7,6 +7,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+# How a machine with a GPU gets kernels; the end of every refusal.
+CUDA_WAYS = (
+    "rebuild where nvcc is found (pip install . -C cmake.define.DLM_CUDA=ON), or install the extra "
+    "dlm_fast[cupy13] or dlm_fast[cupy12], which compiles the kernels at first use; "
+    "`dlm-fast info` shows what is in force"
+)
+
 
 def extension() -> ModuleType:
     """The compiled module, with an error that helps where it is missing."""
@@ -36,10 +43,8 @@ def refuse_cuda(op: str, *tensors: Tensor | None) -> None:
         if tensor is not None and tensor.is_cuda:
             raise ValueError(
                 f"{op}: got a tensor on {tensor.device}, but this version of dlm_fast has no CUDA "
-                "kernel for this op yet; move the tensors to the CPU. Ops that have one get it "
-                "from a rebuild where nvcc is found (pip install . -C cmake.define.DLM_CUDA=ON) or "
-                "from the extra dlm_fast[cupy13] or dlm_fast[cupy12]; "
-                "`dlm-fast info` shows what is in force"
+                "kernel for this op yet; move the tensors to the CPU. For ops that have one, "
+                f"{CUDA_WAYS}"
             )
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 
-from dlm_fast.ops._common import extension
+from dlm_fast.ops._common import CUDA_WAYS, extension
 
 Plan = tuple[str, tuple[int, int], int, int, int, bytes]
 
@@ -78,18 +79,27 @@ def executor_of(device: torch.device) -> Executor | None:
     """None: the C++ backend of the CPU. Raises where a CUDA device has no executor."""
     if device.type == "cpu":
         return _emulator.get()
-    return _cuda_executor()
+    try:
+        return cuda_executor()
+    except ImportError as error:
+        raise ValueError(
+            f"got a tensor on {device}, but nothing here can run the CUDA kernels of dlm_fast: "
+            f"{error}; move the tensors to the CPU, or {CUDA_WAYS}"
+        ) from error
 
 
-_cuda: Executor | None = None
+@functools.cache
+def cuda_executor() -> Executor:
+    """What runs kernels on CUDA devices here. Raises ImportError, saying what is missing."""
+    module = extension()
+    if hasattr(module, "cuda_launch"):
+        return BuiltIn(module)
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(
+            f"the extension was built without nvcc, and CuPy cannot be imported ({error})"
+        ) from error
+    from dlm_fast.ops._cupy_executor import CuPy
 
-
-def _cuda_executor() -> Executor:
-    global _cuda
-    if _cuda is None:
-        module = extension()
-        if hasattr(module, "cuda_launch"):
-            _cuda = BuiltIn(module)
-        else:
-            raise RuntimeError("no executor")
-    return _cuda
+    return CuPy(cupy)
