@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from head_baselines import BASELINES, SIZES, describe, make_head
+from head_baselines import BASELINES, SIZES, describe
 
+from dlm_fast.benchmark.problem import make_head
 from dlm_fast.ops import token_logprob
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -9,8 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from head_baselines import SIZES, Head, describe, make_head
+from head_baselines import SIZES, describe
 
+from dlm_fast.benchmark.problem import Head, make_head
 from dlm_fast.ops import Rng, Stream, token_stats
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

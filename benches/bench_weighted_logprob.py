@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from head_baselines import BASELINES, SIZES, describe, make_head
+from head_baselines import BASELINES, SIZES, describe
 
+from dlm_fast.benchmark.problem import make_head
 from dlm_fast.ops import weighted_logprob, weighted_logprob_
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

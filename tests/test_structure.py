@@ -20,17 +20,19 @@ CPP = sorted(
 BELOW = {
     "config": set(),
     "ops": {"_C", "_C_emulated"},
+    "benchmark": {"ops"},
     "models": {"ops"},
     "rollout": {"ops", "models"},
     "tasks": set(),
     "algorithms": {"ops", "models", "rollout.sampler_config", "rollout.trajectory"},
     "training": {"ops", "models", "rollout", "tasks", "algorithms"},
-    "cli": {"ops", "models", "rollout", "tasks", "algorithms", "training", "_C"},
+    "cli": {"ops", "benchmark", "models", "rollout", "tasks", "algorithms", "training", "_C"},
 }
 # Layer -> packages outside the standard library it may import, at the top of a file or inside.
 PACKAGES = {
     "config": {"dacite", "yaml"},
     "ops": {"torch", "numpy", "cupy"},
+    "benchmark": {"torch"},
     "models": {"torch", "numpy", "transformers", "safetensors", "tokenizers", "peft"},
     "rollout": {"torch", "numpy"},
     "tasks": {"math_verify", "pyarrow", "datasets"},
@@ -116,6 +118,7 @@ def test_imports_point_downwards():
         ("ops", "dlm_fast.models.policy"),
         ("ops", "transformers"),
         ("models", "dlm_fast.rollout"),
+        ("benchmark", "dlm_fast.cli.output"),
         ("rollout", "dlm_fast.algorithms.bgpo"),
         ("rollout", "transformers"),
         ("tasks", "torch"),

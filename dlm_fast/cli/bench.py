@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,20 +23,26 @@ class BenchOptions:
     """Times the ops of this build beside their definitions and plain PyTorch.
 
     A first impression on this machine, not a published number: those come from benches/.
+    `dlm-fast bench token_logprob` is thorough: both types, forward and all forms of the step, rate,
+    error and memory, on a head of 32000 columns (a minute or two); `--vocab 126464` takes longer.
     """
 
     ops: tyro.conf.Positional[tuple[str, ...]] = ()
     """which ops; none: all of them"""
-    rows: int = 256
-    """rows of hidden states (or sequences, for the ops on masks)"""
-    width: int = 256
-    """width of the hidden states"""
-    vocab: int = 8192
-    """columns of the head"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """type of hidden states and weights"""
-    seconds: float = 1.0
-    """time given to each op and phase, over all providers"""
+    rows: int | None = None
+    """rows of hidden states (or sequences, for the ops on masks); None: 256, and 254 selected of
+    512 for token_logprob named alone"""
+    width: int | None = None
+    """width of the hidden states; None: 256, and 1024 for token_logprob named alone"""
+    vocab: int | None = None
+    """columns of the head; None: 8192, and 32000 for token_logprob named alone"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """type of hidden states and weights; None: float32, and both for token_logprob named alone"""
+    seconds: float | None = None
+    """time given to each op and phase, over all providers; None: 1, and nine calls of each for
+    token_logprob named alone"""
+    memory: bool = True
+    """for token_logprob named alone: measure memory too, in fresh processes"""
     threads: int | None = None
     """threads of every provider; None: those of torch"""
     seed: int = 0
@@ -48,9 +52,10 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         for name in ("rows", "width", "vocab"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.seconds <= 0:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+        if self.seconds is not None and self.seconds <= 0:
             raise ValueError(f"--seconds must be above 0, got {self.seconds}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {self.threads}")
@@ -58,6 +63,8 @@ class BenchOptions:
 
 Providers = dict[str, Callable[[], Any]]
 OURS = "dlm_fast"
+THOROUGH = "token_logprob"
+"""named alone, this op gets the table of bench_head"""
 
 
 def run(argv: list[str]) -> int:
@@ -71,25 +78,74 @@ def run(argv: list[str]) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
-        results = [
-            {"op": op, "phase": phase, **_measure(providers, options.seconds)}
-            for op in chosen
-            for phase, providers in CASES[op](options).items()
-        ]
         facts_now = facts()
+        if chosen == [THOROUGH]:
+            text, results = _thorough(options)
+        else:
+            text, results = _quick(_with_defaults(options), chosen, facts_now["in force"])
     finally:
         torch.set_num_threads(threads)
-    write(_report(results))
-    in_force = facts_now["in force"]
-    write(
-        f"\n{options.rows} rows, width {options.width}, {options.vocab} columns, {options.dtype}, "
-        f"{in_force['threads']} threads, {in_force['kernels on the CPU']}; median of interleaved "
-        "calls, ratio = time of the other / time of dlm_fast"
-    )
+    write(text)
     if options.save is not None:
         data = {"options": to_dict(options), "results": results, "facts": facts_now}
         write(f"saved to {write_json(options.save, data)}")
     return 0
+
+
+def _thorough(options: BenchOptions) -> tuple[str, Any]:
+    from dlm_fast.benchmark.problem import HeadSize
+    from dlm_fast.cli.bench_head import DTYPES, HeadTableOptions, measure, report
+
+    n = 254 if options.rows is None else options.rows
+    measured = measure(
+        HeadTableOptions(
+            size=HeadSize(max(512, 2 * n), n, options.width or 1024, options.vocab or 32000),
+            dtypes=DTYPES if options.dtype is None else (options.dtype,),
+            seconds=options.seconds,
+            seed=options.seed,
+            memory=options.memory,
+        )
+    )
+    return report(measured), measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quick:
+    """The sizes of the quick form, nothing left open."""
+
+    rows: int
+    width: int
+    vocab: int
+    dtype: str
+    seconds: float
+    seed: int
+
+
+def _with_defaults(options: BenchOptions) -> Quick:
+    return Quick(
+        rows=options.rows or 256,
+        width=options.width or 256,
+        vocab=options.vocab or 8192,
+        dtype=options.dtype or "float32",
+        seconds=options.seconds or 1.0,
+        seed=options.seed,
+    )
+
+
+def _quick(
+    options: Quick, chosen: list[str], in_force: dict[str, str]
+) -> tuple[str, list[dict[str, Any]]]:
+    results = [
+        {"op": op, "phase": phase, **_measure(providers, options.seconds)}
+        for op in chosen
+        for phase, providers in CASES[op](options).items()
+    ]
+    return (
+        f"{_report(results)}\n\n"
+        f"{options.rows} rows, width {options.width}, {options.vocab} columns, {options.dtype}, "
+        f"{in_force['threads']} threads, {in_force['kernels on the CPU']}; median of interleaved "
+        "calls, ratio = time of the other / time of dlm_fast"
+    ), results
 
 
 def _choose(names: tuple[str, ...]) -> list[str]:
@@ -102,22 +158,15 @@ def _choose(names: tuple[str, ...]) -> list[str]:
 
 
 def _measure(providers: Providers, seconds: float) -> dict[str, Any]:
-    """Median seconds of each provider; calls are interleaved, so that drift hits all alike."""
-    for call in providers.values():  # warm-up: allocations, lazy initialisation
-        call()
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    order = list(providers)
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[OURS]) < 3:
-        for name in order:
-            start = time.perf_counter()
-            providers[name]()
-            times[name].append(time.perf_counter() - start)
-        order = [*order[1:], order[0]]
+    """Median seconds of each provider."""
+    from dlm_fast.benchmark.timing import Plan, cpu_clock, interleaved, summary
+
+    times = interleaved(providers, cpu_clock, Plan(rounds=3, seconds=seconds))
+    found = {name: summary(times[name]) for name in providers}
     return {
-        "calls": len(times[OURS]),
-        "median_s": {name: statistics.median(t) for name, t in times.items()},
-        "least_s": {name: min(t) for name, t in times.items()},
+        "calls": found[OURS]["calls"],
+        "median_s": {name: one["wall_s"]["median"] for name, one in found.items()},
+        "least_s": {name: one["wall_s"]["least"] for name, one in found.items()},
     }
 
 
@@ -138,7 +187,7 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
 
 
-def _head_inputs(options: BenchOptions) -> tuple[Tensor, Tensor, Tensor]:
+def _head_inputs(options: Quick) -> tuple[Tensor, Tensor, Tensor]:
     import torch
 
     generator = torch.Generator().manual_seed(options.seed)
@@ -159,7 +208,7 @@ def _differentiated(
     return lambda: torch.autograd.grad(value(*leaves).sum(), leaves)
 
 
-def _token_logprob(options: BenchOptions) -> dict[str, Providers]:
+def _token_logprob(options: Quick) -> dict[str, Providers]:
     from torch.nn import functional as F
 
     from dlm_fast import ops
@@ -176,7 +225,7 @@ def _token_logprob(options: BenchOptions) -> dict[str, Providers]:
     }
 
 
-def _weighted_logprob(options: BenchOptions) -> dict[str, Providers]:
+def _weighted_logprob(options: Quick) -> dict[str, Providers]:
     import torch
     from torch.nn import functional as F
 
@@ -196,7 +245,7 @@ def _weighted_logprob(options: BenchOptions) -> dict[str, Providers]:
     }
 
 
-def _token_stats(options: BenchOptions) -> dict[str, Providers]:
+def _token_stats(options: Quick) -> dict[str, Providers]:
     import torch
 
     from dlm_fast import ops
@@ -226,7 +275,7 @@ def _token_stats(options: BenchOptions) -> dict[str, Providers]:
     return {"argmax": providers(0.0), "draw": providers(1.0)}
 
 
-def _unmask_select(options: BenchOptions) -> dict[str, Providers]:
+def _unmask_select(options: Quick) -> dict[str, Providers]:
     import torch
 
     from dlm_fast import ops
@@ -252,7 +301,7 @@ def _unmask_select(options: BenchOptions) -> dict[str, Providers]:
     }
 
 
-CASES: dict[str, Callable[[BenchOptions], dict[str, Providers]]] = {
+CASES: dict[str, Callable[[Quick], dict[str, Providers]]] = {
     "token_logprob": _token_logprob,
     "weighted_logprob": _weighted_logprob,
     "token_stats": _token_stats,

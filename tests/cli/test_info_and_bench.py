@@ -64,6 +64,40 @@ def test_bench_compares_every_op_and_saves(capsys, tmp_path):
     assert saved["facts"]["build"]["compiler"] == _C.build_info()["compiler"]
 
 
+def test_bench_of_token_logprob_is_thorough(capsys, tmp_path):
+    """Both types, forward and three forms of the step, each with rate and error."""
+    file = tmp_path / "bench.json"
+    assert main(["bench", "token_logprob", *TINY, "--no-memory", "--save", str(file)]) == 0
+    out = capsys.readouterr().out
+    for form in ("weighted_logprob ", "weighted_logprob_ ", "token_logprob, then backward"):
+        assert out.count(f"  dlm_fast {form}") == 2
+    assert out.count("  eager, gather first") == out.count("  eager, all positions") == 6
+    assert "our register tile" in out
+    saved = json.loads(file.read_text())["results"]
+    assert saved["size"] == {"t": 512, "n": 4, "d": 8, "v": 11}
+    assert saved["gflops"]["float32"]["peak"] > 0
+    for result in saved["results"]:
+        assert result["errors"]["logprob"] < (1e-5 if "dlm" in result["provider"] else 0.1)
+        assert result["flop"] == (2 if result["work"] == "score" else 6) * 4 * 8 * 11
+        assert result["calls"] >= 3
+        assert "extra_bytes" not in result
+
+
+def test_bench_of_token_logprob_shows_memory(capsys, monkeypatch):
+    asked = []
+
+    def extra_bytes(setup, **request):
+        asked.append(request)
+        return 1234567
+
+    monkeypatch.setattr("dlm_fast.benchmark.memory.extra_bytes", extra_bytes)
+    assert main(["bench", "token_logprob", *TINY, "--dtype", "float32"]) == 0
+    out = capsys.readouterr().out
+    assert "bfloat16:" not in out
+    assert sum(line.endswith(" 1.2") for line in out.splitlines()) == len(asked) == 10
+    assert all(request["size"] == [512, 4, 8, 11] for request in asked)
+
+
 def test_bench_takes_the_ops_it_is_told(capsys):
     assert main(["bench", "unmask_select", *TINY]) == 0
     out = capsys.readouterr().out
