@@ -17,6 +17,7 @@ void bind_token_logprob(pybind11::module_& m);
 void bind_token_stats(pybind11::module_& m);
 void bind_weighted_logprob(pybind11::module_& m);
 void bind_grad_accumulator(pybind11::module_& m);
+void bind_sample_grad_norm(pybind11::module_& m);
 
 // Tensors cross the boundary as addresses: the extension knows neither torch nor its ABI.
 template <typename T>

@@ -15,4 +15,5 @@ PYBIND11_MODULE(_C, m) {
   dlm_fast::bind_row_stats(m);
   dlm_fast::bind_nvcc_launch(m);
   dlm_fast::bind_grad_accumulator(m);
+  dlm_fast::bind_sample_grad_norm(m);
 }

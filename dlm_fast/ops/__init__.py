@@ -2,9 +2,11 @@
 
 from dlm_fast.ops.axpy_multi import axpy_multi, axpy_multi_ref
 from dlm_fast.ops.grad_accumulator import GradAccumulator, GradStatistics
+from dlm_fast.ops.head_sample_grad_norm import head_sample_grad_norm, head_sample_grad_norm_ref
 from dlm_fast.ops.interval_attention import interval_attention_ref
 from dlm_fast.ops.mask_tokens import Masked, mask_tokens, mask_tokens_ref
 from dlm_fast.ops.philox import Rng, Stream, gumbel, mix64, philox_uniform, philox_uniform_ref
+from dlm_fast.ops.sample_grad_norm import sample_grad_norm, sample_grad_norm_ref
 from dlm_fast.ops.token_logprob import TokenLogprob, token_logprob, token_logprob_ref
 from dlm_fast.ops.token_stats import TokenStats, token_stats, token_stats_ref
 from dlm_fast.ops.unmask_select import unmask_select, unmask_select_ref
@@ -46,4 +48,8 @@ __all__ = [
     "GradStatistics",
     "axpy_multi",
     "axpy_multi_ref",
+    "sample_grad_norm",
+    "sample_grad_norm_ref",
+    "head_sample_grad_norm",
+    "head_sample_grad_norm_ref",
 ]
