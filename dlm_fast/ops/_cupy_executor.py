@@ -14,6 +14,7 @@ import torch
 
 # Every kernel may use this much shared memory; more must be asked for.
 ALWAYS_ALLOWED_BYTES = 48 << 10
+ENTRY = re.compile(r"\bKERNEL\((?:[^(),]|\([^()]*\))+,[\s\\]*(\w+)\s*,")
 
 
 def packaged_sources() -> Path:
@@ -52,12 +53,9 @@ class CuPy:
         """The digest: CuPy does not look into included files when it asks its cache."""
         return f'// sources {self._digest}\n#include "cuda/{body}.cuh"\n'
 
-    def body_of(self, kernel: str) -> str:
-        """The body whose list of entry points has this kernel."""
-        for body, text in self._bodies.items():
-            if re.search(rf",\s*{re.escape(kernel)}\s*,", text):
-                return body
-        raise ValueError(f"no kernel is named {kernel} in {self._sources / 'cuda'}")
+    def entry_points(self, body: str) -> list[str]:
+        """The kernels in the body's list, KERNEL(qualifier, name, ...)."""
+        return ENTRY.findall((self._sources / "cuda" / f"{body}.cuh").read_text())
 
     def launch(self, plan: Any, device: torch.device) -> None:
         kernel, grid, threads, _, shared_bytes, params = plan  # the cluster is compiled in
@@ -73,20 +71,22 @@ class CuPy:
         """The kernel on the current device, compiled or from CuPy's cache."""
         key = (name, index, large)
         if key not in self._kernels:
-            compiled = self._module(self.body_of(name)).get_function(name)
+            if name not in self._body_of:
+                raise ValueError(f"no kernel is named {name} in {self._sources / 'cuda'}")
+            source = self.source_of(self._body_of[name])
+            module = self._cupy.RawModule(code=source, options=self.options())
+            compiled = module.get_function(name)
             if large:
                 limits = self._cupy.cuda.Device(index).attributes
                 compiled.max_dynamic_shared_size_bytes = limits["MaxSharedMemoryPerBlockOptin"]
             self._kernels[key] = compiled
         return self._kernels[key]
 
-    def _module(self, body: str) -> Any:
-        return self._cupy.RawModule(code=self.source_of(body), options=self.options())
-
     @functools.cached_property
-    def _bodies(self) -> dict[str, str]:
-        paths = sorted((self._sources / "cuda").glob("*.cuh"))
-        return {path.stem: path.read_text() for path in paths}
+    def _body_of(self) -> dict[str, str]:
+        """Entry point to body."""
+        bodies = sorted(path.stem for path in (self._sources / "cuda").glob("*.cuh"))
+        return {kernel: body for body in bodies for kernel in self.entry_points(body)}
 
     @functools.cached_property
     def _digest(self) -> str:
