@@ -11,6 +11,7 @@ void bind_head_inputs(pybind11::module_& m);
 void bind_nvcc_launch(pybind11::module_& m);
 void bind_philox(pybind11::module_& m);
 void bind_row_stats(pybind11::module_& m);
+void bind_select_rows(pybind11::module_& m);
 void bind_unmask_select(pybind11::module_& m);
 void bind_mask_tokens(pybind11::module_& m);
 void bind_token_logprob(pybind11::module_& m);

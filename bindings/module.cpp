@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, m) {
   dlm_fast::bind_token_stats(m);
   dlm_fast::bind_weighted_logprob(m);
   dlm_fast::bind_row_stats(m);
+  dlm_fast::bind_select_rows(m);
   dlm_fast::bind_nvcc_launch(m);
   dlm_fast::bind_grad_accumulator(m);
   dlm_fast::bind_sample_grad_norm(m);

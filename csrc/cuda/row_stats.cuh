@@ -14,18 +14,6 @@ DLM_DEVICE SoftmaxStateOf<Real>* state_scratch() {
   return reinterpret_cast<SoftmaxStateOf<Real>*>(shared_bytes());
 }
 
-DLM_DEVICE Index target_of(const RowStatsParams& params, int row) {
-  return params.targets ? params.targets[row] : Index{-1};
-}
-
-template <typename Real>
-DLM_DEVICE Real target_logit(const RowStatsParams& params, const RowSlice<Real>& slice,
-                             Index target) {
-  if (target < 0 || target >= params.vocabulary) return 0;
-  const int column = static_cast<int>(target);
-  return slice.finish(slice.raw[column], column);
-}
-
 template <typename Real, bool kTop>
 DLM_DEVICE void row_stats(const RowStatsParams& params) {
   const int row = static_cast<int>(block_x());
@@ -34,7 +22,12 @@ DLM_DEVICE void row_stats(const RowStatsParams& params) {
       merge_block(thread_state<Real, kTop>(slice), state_scratch<Real>());
   const Index target = target_of(params, row);
   if (thread_index() == 0)
-    write_stats(params, row, target, target_logit(params, slice, target), state);
+    write_stats(params, row, target, target_logit<Real>(params, row, target), state);
+}
+
+template <typename Real>
+DLM_DEVICE Real known(const void* values, int row, const RowGradParams& params) {
+  return row < params.row.valid ? static_cast<const Real*>(values)[row] : Real{0};
 }
 
 // With statistics of an earlier pass.
@@ -43,10 +36,9 @@ DLM_DEVICE void row_grad(const RowGradParams& params) {
   const int row = static_cast<int>(block_x());
   const RowSlice<Real> slice = slice_of<Real>(params.row, row, 0, params.row.vocabulary);
   const Index target = target_of(params.row, row);
-  write_grad<Real, Stored>(params, slice, row, target,
-                           static_cast<const Real*>(params.row.row_max)[row],
-                           static_cast<const Real*>(params.row.log_sum)[row],
-                           static_cast<const Real*>(params.row.entropy)[row]);
+  write_grad<Real, Stored>(params, slice, row, target, known<Real>(params.row.row_max, row, params),
+                           known<Real>(params.row.log_sum, row, params),
+                           known<Real>(params.row.entropy, row, params));
   clear_hidden<Real, Stored>(params, row, target, 0, 1);
 }
 
@@ -58,7 +50,7 @@ DLM_DEVICE void row_step(const RowGradParams& params) {
   const SoftmaxStateOf<Real> state =
       merge_block(thread_state<Real, false>(slice), state_scratch<Real>());
   const Index target = target_of(params.row, row);
-  const Real target_z = target_logit(params.row, slice, target);
+  const Real target_z = target_logit<Real>(params.row, row, target);
   // In place, the gradient overwrites the logits: the target's is read before.
   sync_block();
   if (thread_index() == 0) write_stats(params.row, row, target, target_z, state);

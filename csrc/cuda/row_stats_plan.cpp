@@ -1,6 +1,8 @@
 // Launch plans of the row kernels: entry point, grid, shared memory.
 #include "cuda/row_stats_plan.h"
 
+#include "cuda/dtype_names.h"
+#include "cuda/row_cluster_shape.h"
 #include "dlm_fast/check.h"
 
 namespace dlm_fast::cuda {
@@ -17,42 +19,52 @@ void check(const RowStatsParams& params) {
             "row kernels: row_stride must be a multiple of 4, at least the vocabulary");
 }
 
-std::string suffix(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return "_f32";
-    case Dtype::kBFloat16:
-      return "_bf16";
-    case Dtype::kFloat16:
-      return "_f16";
-    case Dtype::kFloat64:
-      return "_f64";
-  }
-  throw std::invalid_argument("row kernels: no such dtype");
-}
-
-Launch one_block_per_row(std::string kernel, int rows, std::string params) {
+Launch plan_rows(std::string kernel, int rows, int vocabulary, bool cluster, std::string params) {
   Launch launch;
   launch.kernel = std::move(kernel);
-  launch.grid_x = static_cast<unsigned>(rows);
-  launch.threads = kThreads;
-  launch.shared_bytes = kScratchBytes;
   launch.params = std::move(params);
+  if (cluster) {
+    launch.cluster = kClusterBlocks;
+    launch.grid_x = static_cast<unsigned>(rows) * kClusterBlocks;
+    launch.threads = kClusterThreads;
+    launch.shared_bytes =
+        kClusterFixedBytes + 4u * static_cast<unsigned>(cluster_slice(vocabulary));
+  } else {
+    launch.grid_x = static_cast<unsigned>(rows);
+    launch.threads = kThreads;
+    launch.shared_bytes = kScratchBytes;
+  }
   return launch;
+}
+
+const char* cluster_suffix(bool cluster) {
+  return cluster ? "_cluster" : "";
 }
 
 }  // namespace
 
-Launch plan_row_stats(const RowStatsParams& params, Dtype real, bool top) {
-  check(params);
-  return one_block_per_row((top ? "row_stats_top" : "row_stats") + suffix(real), params.rows,
-                           bytes_of(params));
+bool cluster_fits(int vocabulary) {
+  return kClusterFixedBytes + 4u * static_cast<unsigned>(cluster_slice(vocabulary)) <= 227u << 10;
 }
 
-Launch plan_row_grad(const RowGradParams& params, Dtype real, Dtype stored, bool known) {
+Launch plan_row_stats(const RowStatsParams& params, Dtype real, bool top, bool cluster) {
+  check(params);
+  return plan_rows(
+      std::string(top ? "row_stats_top" : "row_stats") + cluster_suffix(cluster) + suffix(real),
+      params.rows, params.vocabulary, cluster, bytes_of(params));
+}
+
+Launch plan_row_grad(const RowGradParams& params, Dtype real, Dtype stored) {
   check(params.row);
-  return one_block_per_row((known ? "row_grad" : "row_step") + suffix(real) + suffix(stored),
-                           params.row.rows, bytes_of(params));
+  return plan_rows("row_grad" + suffix(real) + suffix(stored), params.row.rows,
+                   params.row.vocabulary, false, bytes_of(params));
+}
+
+Launch plan_row_step(const RowGradParams& params, Dtype real, Dtype stored, bool cluster) {
+  check(params.row);
+  return plan_rows(
+      std::string("row_step") + cluster_suffix(cluster) + suffix(real) + suffix(stored),
+      params.row.rows, params.row.vocabulary, cluster, bytes_of(params));
 }
 
 }  // namespace dlm_fast::cuda

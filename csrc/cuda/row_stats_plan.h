@@ -7,9 +7,16 @@
 
 namespace dlm_fast::cuda {
 
-Launch plan_row_stats(const RowStatsParams& params, Dtype real, bool top);
+// Whether a row of float logits fits into the shared memory of a cluster.
+bool cluster_fits(int vocabulary);
 
-// `known`: the statistics come from an earlier pass; otherwise this pass finds them.
-Launch plan_row_grad(const RowGradParams& params, Dtype real, Dtype stored, bool known);
+// `cluster`: for devices of sm_90 and later, float logits alone.
+Launch plan_row_stats(const RowStatsParams& params, Dtype real, bool top, bool cluster);
+
+// Statistics come from an earlier pass.
+Launch plan_row_grad(const RowGradParams& params, Dtype real, Dtype stored);
+
+// Statistics and gradient in one launch.
+Launch plan_row_step(const RowGradParams& params, Dtype real, Dtype stored, bool cluster);
 
 }  // namespace dlm_fast::cuda

@@ -54,6 +54,21 @@ DLM_DEVICE RowSlice<Real> slice_of(const RowStatsParams& params, int row, int fi
   return {logits, static_cast<const Real*>(params.bias), first, count, inverse, inverse_low};
 }
 
+// The rows behind the valid ones count as ignored.
+DLM_DEVICE Index target_of(const RowStatsParams& params, int row) {
+  if (row >= params.valid) return kIgnoredTarget;
+  return params.targets ? params.targets[row] : Index{-1};
+}
+
+// z of the target, 0 where there is none. `logits` are the row's in global memory.
+template <typename Real>
+DLM_DEVICE Real target_logit(const RowStatsParams& params, int row, Index target) {
+  if (target < 0 || target >= params.vocabulary) return 0;
+  const RowSlice<Real> whole = slice_of<Real>(params, row, 0, params.vocabulary);
+  const int column = static_cast<int>(target);
+  return whole.finish(whole.raw[column], column);
+}
+
 template <typename Real, bool kTop>
 DLM_DEVICE void add_column(SoftmaxStateOf<Real>& state, Real z, Index column) {
   if (z == -infinity_of<Real>()) return;
@@ -95,7 +110,8 @@ DLM_DEVICE void put(void* outputs, int row, Real value) {
 template <typename Real>
 DLM_DEVICE void write_stats(const RowStatsParams& params, int row, Index target, Real target_z,
                             const SoftmaxStateOf<Real>& state) {
-  const bool ignored = params.targets && target == kIgnoredTarget;
+  if (row >= params.valid) return;
+  const bool ignored = target == kIgnoredTarget;
   const SoftmaxSummaryOf<Real> summary = summarise(state);
   const Real zero = 0;
   const bool inside = target >= 0 && target < params.vocabulary;
@@ -123,10 +139,12 @@ DLM_DEVICE Real cotangent(const void* values, int row) {
   return values ? static_cast<const Real*>(values)[row] : Real{0};
 }
 
-// Of a row that takes part; zeros for an ignored one.
+// Zeros for an ignored row. A target outside the vocabulary cannot be reported without a wait; NaN
+// tells of it.
 template <typename Real>
 DLM_DEVICE Cotangents<Real> cotangents_of(const RowGradParams& params, int row, Index target) {
   if (target == kIgnoredTarget) return {0, 0, 0};
+  if (target < 0 || target >= params.row.vocabulary) return {nan_of<Real>(), 0, 0};
   return {cotangent<Real>(params.logprob_grad, row), cotangent<Real>(params.lse_grad, row),
           cotangent<Real>(params.entropy_grad, row)};
 }

@@ -6,8 +6,13 @@
 
 #define DLM_DEVICE __device__ __forceinline__
 #define DLM_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// Devices before sm_90 have no clusters and are never asked to start such a kernel.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define DLM_CLUSTER_KERNEL(threads, blocks) DLM_KERNEL(threads)
+#else
 #define DLM_CLUSTER_KERNEL(threads, blocks) \
   extern "C" __global__ void __cluster_dims__(blocks, 1, 1) __launch_bounds__(threads)
+#endif
 
 namespace dlm_fast::device {
 

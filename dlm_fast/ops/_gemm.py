@@ -1,0 +1,50 @@
+"""The matrix products of the CUDA path of the head ops: the one place where torch multiplies.
+
+16-bit factors, float32 sums and results, which torch offers on CUDA alone; on CPU tensors, in the
+tests, the same products of widened factors. float32 and float64 stay what they are.
+Letters: ``N`` rows, ``D`` width, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def head_logits(hidden_ND: Tensor, weight_VD: Tensor, out_NV: Tensor) -> None:
+    """``out = hidden weight^T``."""
+    _multiply(hidden_ND, weight_VD.t(), out_NV)
+
+
+def hidden_gradient(logits_grad_NV: Tensor, weight_VD: Tensor, out_ND: Tensor) -> None:
+    """``out = dZ weight``."""
+    _multiply(logits_grad_NV, weight_VD, out_ND)
+
+
+def add_weight_gradient(
+    weight_grad_VD: Tensor, logits_grad_NV: Tensor, hidden_ND: Tensor, alpha: float, *, keep: bool
+) -> None:
+    """``weight_grad = keep * weight_grad + alpha dZ^T hidden``, in place."""
+    left, right, beta = logits_grad_NV.t(), hidden_ND, float(keep)
+    if left.dtype in HALVES and left.is_cuda:
+        torch.addmm(
+            weight_grad_VD,
+            left,
+            right,
+            out_dtype=weight_grad_VD.dtype,
+            beta=beta,
+            alpha=alpha,
+            out=weight_grad_VD,
+        )
+        return
+    dtype = weight_grad_VD.dtype
+    weight_grad_VD.addmm_(left.to(dtype), right.to(dtype), beta=beta, alpha=alpha)
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    if left.dtype in HALVES and left.is_cuda:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
