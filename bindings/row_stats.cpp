@@ -17,8 +17,8 @@ struct BoundRows {
   Dtype real;
 };
 
-// sizes: rows of the launch, rows that exist, vocabulary. logits: address, elements between rows.
-BoundRows bound_rows(std::array<int, 3> sizes, std::pair<uintptr_t, int64_t> logits, int real,
+// sizes: rows, vocabulary. logits: address, elements between rows.
+BoundRows bound_rows(std::array<int, 2> sizes, std::pair<uintptr_t, int64_t> logits, int real,
                      uintptr_t bias, double temperature, uintptr_t targets,
                      std::array<uintptr_t, 8> outputs) {
   const double inverse = 1.0 / temperature;
@@ -29,8 +29,7 @@ BoundRows bound_rows(std::array<int, 3> sizes, std::pair<uintptr_t, int64_t> log
   params.logits = pointer<const void>(logits.first);
   params.row_stride = logits.second;
   params.rows = sizes[0];
-  params.valid = sizes[1];
-  params.vocabulary = sizes[2];
+  params.vocabulary = sizes[1];
   params.bias = pointer<const void>(bias);
   params.inverse = high;
   params.inverse_low = inverse - high;

@@ -25,20 +25,16 @@ DLM_DEVICE void row_stats(const RowStatsParams& params) {
     write_stats(params, row, target, target_logit<Real>(params, row, target), state);
 }
 
-template <typename Real>
-DLM_DEVICE Real known(const void* values, int row, const RowGradParams& params) {
-  return row < params.row.valid ? static_cast<const Real*>(values)[row] : Real{0};
-}
-
 // With statistics of an earlier pass.
 template <typename Real, typename Stored>
 DLM_DEVICE void row_grad(const RowGradParams& params) {
   const int row = static_cast<int>(block_x());
   const RowSlice<Real> slice = slice_of<Real>(params.row, row, 0, params.row.vocabulary);
   const Index target = target_of(params.row, row);
-  write_grad<Real, Stored>(params, slice, row, target, known<Real>(params.row.row_max, row, params),
-                           known<Real>(params.row.log_sum, row, params),
-                           known<Real>(params.row.entropy, row, params));
+  write_grad<Real, Stored>(params, slice, row, target,
+                           static_cast<const Real*>(params.row.row_max)[row],
+                           static_cast<const Real*>(params.row.log_sum)[row],
+                           static_cast<const Real*>(params.row.entropy)[row]);
   clear_hidden<Real, Stored>(params, row, target, 0, 1);
 }
 

@@ -11,9 +11,7 @@ namespace dlm_fast::cuda {
 struct RowStatsParams {
   const void* logits;        // Real [N, V]
   device::Index row_stride;  // elements between rows of logits, a multiple of 4
-  int rows;                  // N, blocks of the launch
-  int valid;                 // rows that exist; those behind fill a fixed shape: nothing is written
-                             // for them but a zero gradient
+  int rows;                  // N
   int vocabulary;            // V
   const void* bias;          // Real [V] or null
   double inverse, inverse_low;

@@ -25,7 +25,7 @@ unsigned short float_to_half(float value) {
   // nearest, ties to even. A fraction that rounds up to 2048 carries into the exponent by itself.
   int exponent = 0;
   std::frexp(magnitude, &exponent);
-  const int step = std::max(exponent - 11, -24);
+  const int step = magnitude == 0 ? -24 : std::max(exponent - 11, -24);
   const unsigned fraction = static_cast<unsigned>(std::nearbyint(std::ldexp(magnitude, -step)));
   const unsigned encoded =
       step == -24 ? fraction : (static_cast<unsigned>(step + 24) << 10) + fraction;

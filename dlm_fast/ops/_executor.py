@@ -28,6 +28,10 @@ class Executor(Protocol):
         """On torch's current stream of the device, whatever the current device is; no wait."""
         ...
 
+    def has_clusters(self, device: torch.device) -> bool:
+        """Whether the device starts clusters of blocks (sm_90 and later)."""
+        ...
+
 
 class BuiltIn:
     """Kernels that nvcc compiled into the extension."""
@@ -41,6 +45,9 @@ class BuiltIn:
         with torch.cuda.device(device):
             self._launch(plan, torch.cuda.current_stream(device).cuda_stream)
 
+    def has_clusters(self, device: torch.device) -> bool:
+        return torch.cuda.get_device_capability(device) >= (9, 0)
+
 
 class Emulated:
     """Kernel bodies run thread by thread on the CPU: a test device."""
@@ -48,15 +55,19 @@ class Emulated:
     name = "emulated"
     ORDERS = ("forward", "reverse", "random")
 
-    def __init__(self, order: str = "forward", seed: int = 0) -> None:
+    def __init__(self, order: str = "forward", seed: int = 0, clusters: bool = True) -> None:
         from dlm_fast import _C_emulated  # type: ignore[attr-defined]
 
         self._module = _C_emulated
         self._setting = (self.ORDERS.index(order), seed)
+        self._clusters = clusters
 
     def launch(self, plan: Plan, device: torch.device) -> None:
         self._module.set_order(*self._setting)
         self._module.cuda_launch(plan, 0)
+
+    def has_clusters(self, device: torch.device) -> bool:
+        return self._clusters
 
 
 _emulator: contextvars.ContextVar[Emulated | None] = contextvars.ContextVar(
@@ -65,9 +76,9 @@ _emulator: contextvars.ContextVar[Emulated | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def emulated(order: str = "forward", seed: int = 0) -> Iterator[Emulated]:
+def emulated(order: str = "forward", seed: int = 0, clusters: bool = True) -> Iterator[Emulated]:
     """Inside, ops on CPU tensors take the whole CUDA path on the emulator. For tests."""
-    executor = Emulated(order, seed)
+    executor = Emulated(order, seed, clusters)
     token = _emulator.set(executor)
     try:
         yield executor

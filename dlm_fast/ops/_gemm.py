@@ -7,6 +7,8 @@ Letters: ``N`` rows, ``D`` width, ``V`` vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,24 +29,20 @@ def add_weight_gradient(
     weight_grad_VD: Tensor, logits_grad_NV: Tensor, hidden_ND: Tensor, alpha: float, *, keep: bool
 ) -> None:
     """``weight_grad = keep * weight_grad + alpha dZ^T hidden``, in place."""
-    left, right, beta = logits_grad_NV.t(), hidden_ND, float(keep)
-    if left.dtype in HALVES and left.is_cuda:
-        torch.addmm(
-            weight_grad_VD,
-            left,
-            right,
-            out_dtype=weight_grad_VD.dtype,
-            beta=beta,
-            alpha=alpha,
-            out=weight_grad_VD,
-        )
-        return
-    dtype = weight_grad_VD.dtype
-    weight_grad_VD.addmm_(left.to(dtype), right.to(dtype), beta=beta, alpha=alpha)
+    out = weight_grad_VD
+    left, right, wide = _factors(logits_grad_NV.t(), hidden_ND, out)
+    torch.addmm(out, left, right, beta=float(keep), alpha=alpha, out=out, **wide)
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    if left.dtype in HALVES and left.is_cuda:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
+    left, right, wide = _factors(left, right, out)
+    torch.mm(left, right, out=out, **wide)
+
+
+def _factors(left: Tensor, right: Tensor, out: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Factors, and how to ask for a wider result than theirs."""
+    if left.dtype == out.dtype:
+        return left, right, {}
+    if left.is_cuda:
+        return left, right, {"out_dtype": out.dtype}
+    return left.to(out.dtype), right.to(out.dtype), {}

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
-from dlm_fast.ops._common import addresses, extension, num_threads, refuse_cuda
+from dlm_fast.ops._common import addresses, extension, num_threads
+from dlm_fast.ops._executor import executor_of
 
 IGNORED = -100
 """target of a row that takes no part, as in ``torch.nn.functional.cross_entropy``"""
@@ -69,11 +71,19 @@ def output_dtype(inputs: torch.dtype) -> torch.dtype:
 
 
 def check_device(op: str, **tensors: Tensor | None) -> None:
-    """All tensors on the CPU."""
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_cpu:
-            refuse_cuda(op, tensor)
-            raise ValueError(f"{op}: {name} lies on {tensor.device}; move it to the CPU")
+    """All tensors on one device, the CPU or a CUDA device that has an executor."""
+    given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+    if all(tensor.is_cpu for _, tensor in given):
+        return
+    first_name, first = given[0]
+    for name, tensor in given:
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{op}: {name} lies on {tensor.device} but {first_name} on {first.device}; "
+                "move them to one device"
+            )
+    if not is_fake(first):
+        executor_of(first.device)
 
 
 def unit_stride(matrix: Tensor) -> Tensor:
@@ -220,6 +230,11 @@ def _check_forbidden(op: str, forbid_ids: Sequence[int], vocabulary: int) -> lis
     return ids
 
 
+def _can_look_at(numbers: Tensor) -> bool:
+    """On a device, looking would wait for it: there a number out of range gives NaN instead."""
+    return numbers.is_cpu and not torch.compiler.is_compiling() and not is_fake(numbers)
+
+
 def _check_rows(op: str, rows: Tensor, num_hidden: int) -> Tensor:
     if not isinstance(rows, Tensor) or rows.dtype not in (torch.int32, torch.int64):
         raise TypeError(
@@ -228,7 +243,7 @@ def _check_rows(op: str, rows: Tensor, num_hidden: int) -> Tensor:
         )
     if rows.dim() != 1:
         raise ValueError(f"{op}: rows must have shape [N], got {tuple(rows.shape)}")
-    if rows.numel() and not torch.compiler.is_compiling():
+    if rows.numel() and _can_look_at(rows):
         low, high = map(int, rows.aminmax())
         if low < 0 or high >= num_hidden:
             wrong = low if low < 0 else high
@@ -249,7 +264,7 @@ def _check_targets(
             f"{op}: targets must hold one token id per {per}, shape ({num_rows},), "
             f"got {tuple(targets.shape)}"
         )
-    if num_rows and not torch.compiler.is_compiling():
+    if num_rows and _can_look_at(targets):
         low, high = map(int, targets.aminmax())
         if low < 0 or high >= vocabulary:
             _check_target_range(op, targets, vocabulary)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from dlm_fast.ops._common import addresses, extension
+from dlm_fast.ops._cuda_head import Cotangents, Gradients, HeadCall, gradients, statistics
+from dlm_fast.ops._executor import executor_of
 from dlm_fast.ops._head_inputs import (
     IGNORED,
     bound_inputs,
@@ -97,7 +99,7 @@ def token_logprob_ref(
 
 # The op has two more outputs than its users see: maximum and log-sum of each row. Their sum is lse;
 # apart they lose nothing to rounding, which the backward pass would magnify at large logits.
-@torch.library.custom_op("dlm_fast::token_logprob", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dlm_fast::token_logprob", mutates_args=())
 def _token_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -109,11 +111,43 @@ def _token_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden, weight = unit_stride(hidden), unit_stride(weight)
     outputs = _empty_outputs(hidden, targets)
+    call = cuda_call(hidden, weight, targets, rows, bias, temperature, forbid_ids)
+    if call is not None:
+        statistics(call, dict(zip(FORWARD, outputs, strict=True)))
+        return outputs
     extension().token_logprob_cpu(
         bound_inputs(hidden, weight, targets, rows, bias, temperature, forbid_ids),
         addresses(*outputs),
     )
     return outputs
+
+
+FORWARD = ("logprob", "lse", "entropy", "row_max", "log_sum")
+
+
+def cuda_call(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    forbid_ids: list[int],
+) -> HeadCall | None:
+    """None where the C++ backend of the CPU is to compute."""
+    executor = executor_of(hidden.device)
+    if executor is None:
+        return None
+    return HeadCall(
+        executor=executor,
+        hidden_TD=hidden,
+        weight_VD=weight,
+        targets_N=targets,
+        rows_N=rows,
+        bias_V=bias,
+        temperature=temperature,
+        forbid_ids=forbid_ids,
+    )
 
 
 def _empty_outputs(
@@ -136,7 +170,7 @@ def _(
     return _empty_outputs(hidden, targets)
 
 
-@torch.library.custom_op("dlm_fast::token_logprob_bwd", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dlm_fast::token_logprob_bwd", mutates_args=())
 def _token_logprob_bwd(
     hidden: Tensor,
     weight: Tensor,
@@ -156,14 +190,21 @@ def _token_logprob_bwd(
     cotangents = [
         None if g is None else g.contiguous() for g in (grad_logprob, grad_lse, grad_entropy)
     ]
-    gradients = empty_gradients(hidden, weight, wanted)
-    extension().token_logprob_bwd_cpu(
-        bound_inputs(hidden, weight, targets, rows, bias, temperature, forbid_ids),
-        addresses(*forward),
-        addresses(*cotangents),
-        addresses(*(g if want else None for g, want in zip(gradients, wanted, strict=True))),
-    )
-    return gradients[0].to(hidden.dtype), gradients[1].to(weight.dtype), gradients[2]
+    made = empty_gradients(hidden, weight, wanted)
+    wanted_only = [g if want else None for g, want in zip(made, wanted, strict=True)]
+    call = cuda_call(hidden, weight, targets, rows, bias, temperature, forbid_ids)
+    if call is not None:
+        outputs = dict(zip(FORWARD, forward, strict=True))
+        results = Gradients(wanted_only[0], wanted_only[1], wanted_only[2])
+        gradients(call, outputs, Cotangents(*cotangents), results, known=True)
+    else:
+        extension().token_logprob_bwd_cpu(
+            bound_inputs(hidden, weight, targets, rows, bias, temperature, forbid_ids),
+            addresses(*forward),
+            addresses(*cotangents),
+            addresses(*wanted_only),
+        )
+    return made[0].to(hidden.dtype), made[1].to(weight.dtype), made[2]
 
 
 def empty_gradients(
@@ -198,8 +239,8 @@ def _(
     forbid_ids: list[int],
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = empty_gradients(hidden, weight, wanted)
-    return gradients[0].to(hidden.dtype), gradients[1].to(weight.dtype), gradients[2]
+    made = empty_gradients(hidden, weight, wanted)
+    return made[0].to(hidden.dtype), made[1].to(weight.dtype), made[2]
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from dlm_fast.ops._common import addresses, extension
+from dlm_fast.ops._cuda_head import Cotangents, Gradients, HeadCall, gradients
 from dlm_fast.ops._head_inputs import (
     bound_inputs,
     check_gradient,
@@ -26,7 +27,7 @@ from dlm_fast.ops._head_inputs import (
     output_dtype,
     unit_stride,
 )
-from dlm_fast.ops.token_logprob import empty_gradients, token_logprob_ref
+from dlm_fast.ops.token_logprob import cuda_call, empty_gradients, token_logprob_ref
 
 
 class WeightedLogprob(NamedTuple):
@@ -177,7 +178,7 @@ def weighted_logprob_ref_(
     return result.objective.detach(), result.logprob, grads[0].to(hidden.dtype)
 
 
-@torch.library.custom_op("dlm_fast::weighted_logprob", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dlm_fast::weighted_logprob", mutates_args=())
 def _weighted_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -192,15 +193,31 @@ def _weighted_logprob(
     """objective, logprob, and the gradients of hidden, weight and bias, empty where not wanted."""
     hidden, weight = unit_stride(hidden), unit_stride(weight)
     objective, logprob_N = _empty_values(hidden, targets)
-    gradients = empty_gradients(hidden, weight, wanted)
-    extension().weighted_logprob_cpu(
-        bound_inputs(hidden, weight, targets, rows, bias, temperature, forbid_ids),
-        *addresses(row_weight, objective, logprob_N),
-        addresses(*(g if want else None for g, want in zip(gradients, wanted, strict=True))),
-        False,
-        1.0,
-    )
-    return objective, logprob_N, *gradients
+    made = empty_gradients(hidden, weight, wanted)
+    wanted_only = [g if want else None for g, want in zip(made, wanted, strict=True)]
+    call = cuda_call(hidden, weight, targets, rows, bias, temperature, forbid_ids)
+    if call is not None:
+        results = Gradients(wanted_only[0], wanted_only[1], wanted_only[2])
+        _step(call, row_weight, objective, logprob_N, results)
+    else:
+        extension().weighted_logprob_cpu(
+            bound_inputs(hidden, weight, targets, rows, bias, temperature, forbid_ids),
+            *addresses(row_weight, objective, logprob_N),
+            addresses(*wanted_only),
+            False,
+            1.0,
+        )
+    return objective, logprob_N, *made
+
+
+def _step(
+    call: HeadCall, row_weight: Tensor, objective: Tensor, logprob_N: Tensor, results: Gradients
+) -> None:
+    """The CUDA path of both forms."""
+    gradients(call, {"logprob": logprob_N}, Cotangents(row_weight), results, known=False)
+    # a row of weight zero takes no part, whatever its values are
+    terms_N = torch.where(row_weight == 0, 0.0, row_weight.double() * logprob_N)
+    objective.copy_(terms_N.sum())
 
 
 def _empty_values(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,9 +275,7 @@ def is_one(grad: Tensor) -> bool:
 _weighted_logprob.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op(
-    "dlm_fast::weighted_logprob_", mutates_args=("weight_grad", "bias_grad"), device_types="cpu"
-)
+@torch.library.custom_op("dlm_fast::weighted_logprob_", mutates_args=("weight_grad", "bias_grad"))
 def _weighted_logprob_(
     hidden: Tensor,
     weight: Tensor,
@@ -277,13 +292,18 @@ def _weighted_logprob_(
     hidden, weight = unit_stride(hidden), unit_stride(weight)
     objective, logprob_N = _empty_values(hidden, targets)
     hidden_grad = torch.zeros_like(hidden, dtype=output_dtype(hidden.dtype))
-    extension().weighted_logprob_cpu(
-        bound_inputs(hidden, weight, targets, rows, bias, temperature, forbid_ids),
-        *addresses(row_weight, objective, logprob_N),
-        addresses(hidden_grad, weight_grad, bias_grad),
-        True,
-        alpha,
-    )
+    call = cuda_call(hidden, weight, targets, rows, bias, temperature, forbid_ids)
+    if call is not None:
+        results = Gradients(hidden_grad, weight_grad, bias_grad, accumulate=True, alpha=alpha)
+        _step(call, row_weight, objective, logprob_N, results)
+    else:
+        extension().weighted_logprob_cpu(
+            bound_inputs(hidden, weight, targets, rows, bias, temperature, forbid_ids),
+            *addresses(row_weight, objective, logprob_N),
+            addresses(hidden_grad, weight_grad, bias_grad),
+            True,
+            alpha,
+        )
     return objective, logprob_N, hidden_grad.to(hidden.dtype)
 
 

@@ -44,7 +44,7 @@ def test_statistics_equal_the_definition(executor, vocabulary):
     logits = padded(torch.randn(3, vocabulary, generator=generator) * 4)
     targets = torch.tensor([vocabulary - 1, -100, 0])
     bound, outputs = make_rows(logits, targets, 0.7)
-    executor.launch(extension().plan_row_stats(bound, True), logits.device)
+    executor.launch(extension().plan_row_stats(bound, True, False), logits.device)
     z = logits.double() / 0.7
     logprob = z.log_softmax(-1)
     want = logprob.gather(1, targets.clamp(min=0)[:, None])[:, 0]

@@ -28,6 +28,8 @@ struct RowSlice {
 
   DLM_DEVICE Real finish(Real logit, int column) const {
     if (bias) logit += bias[first + column];
+    // the second part would turn infinity into NaN: infinity * 0
+    if (logit - logit != 0) return logit * inverse;
     return multiply_add(logit, inverse, logit * inverse_low);
   }
   // z of four columns; minus infinity behind the end.
@@ -54,9 +56,7 @@ DLM_DEVICE RowSlice<Real> slice_of(const RowStatsParams& params, int row, int fi
   return {logits, static_cast<const Real*>(params.bias), first, count, inverse, inverse_low};
 }
 
-// The rows behind the valid ones count as ignored.
 DLM_DEVICE Index target_of(const RowStatsParams& params, int row) {
-  if (row >= params.valid) return kIgnoredTarget;
   return params.targets ? params.targets[row] : Index{-1};
 }
 
@@ -110,7 +110,6 @@ DLM_DEVICE void put(void* outputs, int row, Real value) {
 template <typename Real>
 DLM_DEVICE void write_stats(const RowStatsParams& params, int row, Index target, Real target_z,
                             const SoftmaxStateOf<Real>& state) {
-  if (row >= params.valid) return;
   const bool ignored = target == kIgnoredTarget;
   const SoftmaxSummaryOf<Real> summary = summarise(state);
   const Real zero = 0;
