@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dlm_fast.ops._common import addresses, extension
-from dlm_fast.ops._executor import Executor
+from dlm_fast.ops._executor import Executor, has_clusters
 from dlm_fast.ops._gemm import HALVES, add_weight_gradient, head_logits, hidden_gradient
 from dlm_fast.ops._head_inputs import FLOAT_DTYPES, output_dtype
 
@@ -178,7 +178,7 @@ def one_read(call: HeadCall) -> bool:
     """Whether clusters of blocks can hold a row, so that it is read once."""
     if call.real != torch.float32 or not extension().cluster_fits(call.weight_VD.shape[0]):
         return False
-    return call.executor.has_clusters(call.device)
+    return has_clusters(call.executor, call.device)
 
 
 def statistics(call: HeadCall, outputs: dict[str, Tensor]) -> None:

@@ -28,10 +28,6 @@ class Executor(Protocol):
         """On torch's current stream of the device, whatever the current device is; no wait."""
         ...
 
-    def has_clusters(self, device: torch.device) -> bool:
-        """Whether the device starts clusters of blocks (sm_90 and later)."""
-        ...
-
 
 class BuiltIn:
     """Kernels that nvcc compiled into the extension."""
@@ -45,9 +41,6 @@ class BuiltIn:
         with torch.cuda.device(device):
             self._launch(plan, torch.cuda.current_stream(device).cuda_stream)
 
-    def has_clusters(self, device: torch.device) -> bool:
-        return torch.cuda.get_device_capability(device) >= (9, 0)
-
 
 class Emulated:
     """Kernel bodies run thread by thread on the CPU: a test device."""
@@ -60,14 +53,11 @@ class Emulated:
 
         self._module = _C_emulated
         self._setting = (self.ORDERS.index(order), seed)
-        self._clusters = clusters
+        self.clusters = clusters
 
     def launch(self, plan: Plan, device: torch.device) -> None:
         self._module.set_order(*self._setting)
         self._module.cuda_launch(plan, 0)
-
-    def has_clusters(self, device: torch.device) -> bool:
-        return self._clusters
 
 
 _emulator: contextvars.ContextVar[Emulated | None] = contextvars.ContextVar(
@@ -84,6 +74,13 @@ def emulated(order: str = "forward", seed: int = 0, clusters: bool = True) -> It
         yield executor
     finally:
         _emulator.reset(token)
+
+
+def has_clusters(executor: Executor, device: torch.device) -> bool:
+    """Whether the device starts clusters of blocks (sm_90 and later)."""
+    if isinstance(executor, Emulated):
+        return executor.clusters
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def executor_of(device: torch.device) -> Executor | None:

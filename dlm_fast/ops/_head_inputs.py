@@ -77,6 +77,10 @@ def check_device(op: str, **tensors: Tensor | None) -> None:
         return
     first_name, first = given[0]
     for name, tensor in given:
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"{op}: {name} lies on {tensor.device}; move it to the CPU or to a CUDA device"
+            )
         if tensor.device != first.device:
             raise ValueError(
                 f"{op}: {name} lies on {tensor.device} but {first_name} on {first.device}; "
