@@ -25,6 +25,7 @@ class BenchOptions:
     A first impression on this machine, not a published number: those come from benches/.
     `dlm-fast bench token_logprob` is thorough: both types, forward and all forms of the step, rate,
     error and memory, on a head of 32000 columns (a minute or two); `--vocab 126464` takes longer.
+    `dlm-fast bench gradient-noise` measures how noisy gradients are over the choice of their masks.
     """
 
     ops: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -68,6 +69,10 @@ THOROUGH = "token_logprob"
 
 
 def run(argv: list[str]) -> int:
+    if argv[:1] == ["gradient-noise"]:
+        from dlm_fast.cli import bench_gradient_noise
+
+        return bench_gradient_noise.run(argv[1:])
     options = parse(BenchOptions, argv, prog="dlm-fast bench")
     chosen = _choose(options.ops)
     import torch

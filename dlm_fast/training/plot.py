@@ -16,7 +16,7 @@ from dlm_fast.training.metrics import read_metrics
 Rows = list[dict[str, Any]]
 
 _BLUE, _ORANGE, _GREY = "#1f6fb2", "#d9731a", "#8a8a8a"
-_COLOURS = (_BLUE, _ORANGE, "#2b8a3e", "#9c36b5", "#c92a2a", "#0b7285", "#846358", "#5c5c5c")
+COLOURS = (_BLUE, _ORANGE, "#2b8a3e", "#9c36b5", "#c92a2a", "#0b7285", "#846358", "#5c5c5c")
 
 PANELS = (
     ("reward of the training rollouts", ("reward/mean",)),
@@ -38,7 +38,7 @@ def plot_run(run_dir: str | Path, target: str | Path | None = None) -> Path:
     run_dir = Path(run_dir)
     rows = read_metrics(run_dir / "metrics.jsonl")
     path = Path(target) if target is not None else run_dir / "curves.png"
-    return _save(run_figure(rows, run_dir.resolve().name), path)
+    return save(run_figure(rows, run_dir.resolve().name), path)
 
 
 def run_figure(rows: Rows, name: str) -> Figure:
@@ -58,7 +58,7 @@ def plot_runs(run_dirs: Sequence[str | Path], target: str | Path) -> Path:
         raise ValueError("plot_runs needs at least one run folder")
     paths = [Path(run_dir).resolve() for run_dir in run_dirs]
     runs = [read_metrics(path / "metrics.jsonl") for path in paths]
-    return _save(comparison_figure(runs, _labels(paths)), Path(target))
+    return save(comparison_figure(runs, _labels(paths)), Path(target))
 
 
 def comparison_figure(runs: Sequence[Rows], labels: Sequence[str]) -> Figure:
@@ -71,7 +71,7 @@ def comparison_figure(runs: Sequence[Rows], labels: Sequence[str]) -> Figure:
         name = next(n for rows in runs for n in _names(rows, patterns))
         for number, (rows, label) in enumerate(zip(runs, labels, strict=True)):
             steps, values = _series(rows, name)
-            _line(axis, steps, values, _COLOURS[number % len(_COLOURS)], label)
+            _line(axis, steps, values, COLOURS[number % len(COLOURS)], label)
         _finish(axis, title if len(patterns) == 1 and "*" not in patterns[0] else name, name)
     if len(axes) and len(runs) > 1:
         axes[0].legend(fontsize=8, frameon=False)
@@ -81,7 +81,7 @@ def comparison_figure(runs: Sequence[Rows], labels: Sequence[str]) -> Figure:
 def _draw_panel(axis: Axes, title: str, rows: Rows, names: list[str]) -> None:
     for number, name in enumerate(names):
         steps, values = _series(rows, name)
-        _line(axis, steps, values, _COLOURS[number % len(_COLOURS)], name)
+        _line(axis, steps, values, COLOURS[number % len(COLOURS)], name)
     if names == ["eval/correct"]:
         steps, values = _series(rows, "eval/correct")
         if steps[0] == 0:
@@ -162,7 +162,7 @@ def _grid(count: int) -> tuple[Figure, list[Axes]]:
     return figure, axes[:count]
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     # the Agg canvas draws without a display and without matplotlib's global state
     FigureCanvasAgg(figure)
     temporary = path.with_name(f".{path.stem}.png")
