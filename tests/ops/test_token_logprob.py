@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from head_problems import (
+    BACKENDS,
     LEVELS,
     SHAPES,
     cotangents,
@@ -54,13 +55,14 @@ def assert_close(p, **options):
         assert relative_error(gradient, exact) < tolerance
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(shape, dtype):
     assert_close(problem(*shape, dtype))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", BACKENDS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_every_instruction_set(level, dtype):
     with simd_level(level):
@@ -71,6 +73,7 @@ def test_every_instruction_set(level, dtype):
         assert_close(problem(3, 17, 15, dtype, bias=True), temperature=2.0)
 
 
+@pytest.mark.every_backend
 def test_float64_is_exact():
     p = problem(70, 300, 2300, torch.float64, bias=True)
     ours, gradients = run(p, temperature=1.3, forbid_ids=[0, 17])
@@ -80,6 +83,7 @@ def test_float64_is_exact():
         assert relative_error(value, exact) < 1e-13
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("output", range(3))
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("reference", [False, True])
@@ -131,6 +135,7 @@ def test_error_is_no_worse_than_naive(n, d, v, dtype, seed, options):
         assert relative_error(value, exact) <= 2 * relative_error(other, exact) + slack
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("v", [5, 97, 507, 512, 517, 2017])
 @pytest.mark.parametrize("shift", [-60.0, 60.0])
 def test_vocabulary_tails_are_invariant_to_a_shift(v, shift):
@@ -152,7 +157,7 @@ def one_logit_rows(logits_NV):
     return logits_NV, torch.eye(v), torch.zeros(len(logits_NV), dtype=torch.int64)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", BACKENDS)
 def test_extreme_rows(level):
     v = 37
     rows = torch.zeros(6, v)
@@ -176,6 +181,7 @@ def test_extreme_rows(level):
         assert torch.allclose(hidden.grad.double(), exact.grad, atol=2e-6)
 
 
+@pytest.mark.every_backend
 def test_minus_infinite_bias():
     p = problem(9, 16, 40, bias=True)
     p.bias[torch.arange(40) % 3 == 0] = -math.inf
@@ -190,7 +196,7 @@ def test_minus_infinite_bias():
     assert (nothing.lse == -math.inf).all() and nothing.logprob.isnan().all()
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", BACKENDS)
 def test_a_nan_row_poisons_only_itself(level):
     with simd_level(level):
         p = problem(40, 20, 300).leaves()
@@ -213,6 +219,7 @@ def test_a_nan_row_poisons_only_itself(level):
         assert bad_rows == sorted(int(r) for r in p.rows[[4, 30]])
 
 
+@pytest.mark.every_backend
 def test_selections_are_bitwise_equal():
     """All rows with ignored targets, an index list, gathered rows: the same bits."""
     p = problem(90, 50, 400, spare=60)
@@ -241,6 +248,7 @@ def test_selections_are_bitwise_equal():
         assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
 
 
+@pytest.mark.every_backend
 def test_unselected_rows_are_never_read():
     p = problem(20, 30, 100, spare=20)
     expected, gradients = run(p)
@@ -253,6 +261,7 @@ def test_unselected_rows_are_never_read():
     assert (our_gradients[0][unselected] == 0).all()
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("chosen", [[], [0], [39], [0, 39], [5, 5, 5, 2]])
 def test_small_selections_and_repeats(chosen):
     p = problem(40, 30, 100, spare=0)
@@ -261,6 +270,7 @@ def test_small_selections_and_repeats(chosen):
     assert_close(p)
 
 
+@pytest.mark.every_backend
 def test_strided_inputs():
     p = problem(30, 24, 60, spare=0)
     expected, gradients = run(p)
@@ -307,6 +317,7 @@ def test_runs_and_threads_are_bitwise_equal(shape):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.every_backend
 def test_each_output_alone_has_the_right_gradient():
     p = problem(20, 16, 50)
     for output in range(3):
@@ -318,6 +329,7 @@ def test_each_output_alone_has_the_right_gradient():
             assert relative_error(ours, exact) < 5e-6
 
 
+@pytest.mark.every_backend
 def test_only_what_is_asked_for_is_differentiated():
     p = problem(10, 8, 20, bias=True).leaves()
     p.weight.requires_grad_(False)
