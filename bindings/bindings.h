@@ -7,9 +7,11 @@ namespace dlm_fast {
 
 void bind_build_info(pybind11::module_& m);
 void bind_fma_peak(pybind11::module_& m);
+void bind_head_decode(pybind11::module_& m);
 void bind_head_inputs(pybind11::module_& m);
 void bind_nvcc_launch(pybind11::module_& m);
 void bind_philox(pybind11::module_& m);
+void bind_row_draw(pybind11::module_& m);
 void bind_row_stats(pybind11::module_& m);
 void bind_select_rows(pybind11::module_& m);
 void bind_unmask_select(pybind11::module_& m);

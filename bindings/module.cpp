@@ -14,6 +14,8 @@ PYBIND11_MODULE(_C, m) {
   dlm_fast::bind_weighted_logprob(m);
   dlm_fast::bind_row_stats(m);
   dlm_fast::bind_select_rows(m);
+  dlm_fast::bind_head_decode(m);
+  dlm_fast::bind_row_draw(m);
   dlm_fast::bind_nvcc_launch(m);
   dlm_fast::bind_grad_accumulator(m);
   dlm_fast::bind_sample_grad_norm(m);

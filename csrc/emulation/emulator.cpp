@@ -305,6 +305,8 @@ const unsigned char* cluster_address(const void* local, unsigned rank) {
 }
 
 void copy_async(void* target, const void* source, std::size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(target) % bytes || reinterpret_cast<uintptr_t>(source) % bytes)
+    throw std::runtime_error(machine->launch->kernel + ": an asynchronous copy is not aligned");
   machine->current->copies.back().push_back({target, source, bytes});
 }
 

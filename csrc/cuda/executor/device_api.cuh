@@ -13,6 +13,9 @@
 #define DLM_CLUSTER_KERNEL(threads, blocks) \
   extern "C" __global__ void __cluster_dims__(blocks, 1, 1) __launch_bounds__(threads)
 #endif
+// Before a loop: unrolled where its counter names registers, rolled where its body is large.
+#define DLM_UNROLL _Pragma("unroll")
+#define DLM_ROLL _Pragma("unroll 1")
 
 namespace dlm_fast::device {
 
@@ -59,6 +62,18 @@ DLM_DEVICE T shuffle_xor(T value, unsigned mask) {
 template <typename T>
 DLM_DEVICE T shuffle(T value, unsigned lane) {
   return __shfl_sync(kAllLanes, value, lane);
+}
+// A struct of 32-bit words, up to eight of them.
+template <typename T>
+DLM_DEVICE T shuffle_struct_xor(const T& value, unsigned mask) {
+  static_assert(sizeof(T) % 4 == 0 && sizeof(T) <= 32, "whole words, up to eight");
+  T other;
+  const unsigned* from = reinterpret_cast<const unsigned*>(&value);
+  unsigned* to = reinterpret_cast<unsigned*>(&other);
+  DLM_UNROLL
+  for (unsigned word = 0; word < sizeof(T) / 4; ++word)
+    to[word] = __shfl_xor_sync(kAllLanes, from[word], mask);
+  return other;
 }
 DLM_DEVICE unsigned ballot(bool vote) {
   return __ballot_sync(kAllLanes, vote);

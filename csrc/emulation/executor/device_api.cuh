@@ -11,6 +11,8 @@
 #define DLM_DEVICE inline
 #define DLM_KERNEL(threads) static void
 #define DLM_CLUSTER_KERNEL(threads, blocks) static void
+#define DLM_UNROLL
+#define DLM_ROLL
 
 namespace dlm_fast::device {
 
@@ -59,6 +61,11 @@ T shuffle_xor(T value, unsigned mask) {
 template <typename T>
 T shuffle(T value, unsigned lane) {
   return exchanged<T>(emulation::exchange(&value, sizeof(T)), lane % kWarp);
+}
+template <typename T>
+T shuffle_struct_xor(const T& value, unsigned mask) {
+  static_assert(sizeof(T) % 4 == 0 && sizeof(T) <= 32, "whole words, up to eight");
+  return shuffle_xor(value, mask);
 }
 inline unsigned ballot(bool vote) {
   const unsigned char mine = vote ? 1 : 0;

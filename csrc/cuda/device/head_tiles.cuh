@@ -1,0 +1,225 @@
+// Tiles of the head and of hidden states: their way to shared memory, and their products.
+#pragma once
+
+#include "cuda/device/numbers.cuh"
+#include "cuda/head_decode_params.h"
+
+namespace dlm_fast::device {
+
+using cuda::HeadDecodeParams;
+using cuda::kDecodeSplit;
+using cuda::kDecodeThreads;
+using cuda::kDecodeTileBytes;
+
+constexpr int kChunkBytes = 16;
+constexpr int kRowChunks = kDecodeTileBytes / kChunkBytes;
+constexpr int kWarpRows = kDecodeSplit / (kDecodeThreads / static_cast<int>(kWarp));
+constexpr int kTokens = 8;  // columns of a matrix instruction
+static_assert(kWarpRows == 32, "a thread holds four neighbouring vocabulary rows");
+
+struct alignas(kChunkBytes) Words {
+  unsigned word[kChunkBytes / 4];
+};
+template <typename Element>
+struct alignas(kChunkBytes) Chunk {
+  Element value[kChunkBytes / sizeof(Element)];
+};
+
+// Where a chunk of a tile's row lies. The order of a row's chunks differs from row to row, so that
+// the eight lanes which read together meet all banks once: rows r, r + 1 or r, r + 4 with four
+// chunks each, or one chunk of eight rows.
+DLM_DEVICE int chunk_place(int row, int chunk) {
+  return row * kDecodeTileBytes + ((chunk ^ row ^ (row << 2)) & (kRowChunks - 1)) * kChunkBytes;
+}
+
+template <typename T>
+DLM_DEVICE T load_chunk(const unsigned char* tile, int row, int chunk) {
+  return *reinterpret_cast<const T*>(tile + chunk_place(row, chunk));
+}
+
+// Zeros behind the width, and without a row. What is not a whole aligned chunk is copied number by
+// number, at once.
+template <typename Element>
+DLM_DEVICE void copy_chunk(unsigned char* place, const Element* row, Index column, int width,
+                           bool aligned) {
+  constexpr int kCount = kChunkBytes / sizeof(Element);
+  if (row && aligned && column + kCount <= width) {
+    copy_async_16(place, row + column);
+    return;
+  }
+  Chunk<Element> chunk;
+  for (int i = 0; i < kCount; ++i)
+    chunk.value[i] = row && column + i < width ? row[column + i] : Element{};
+  *reinterpret_cast<Chunk<Element>*>(place) = chunk;
+}
+
+// Until at most stages - 2 of the committed groups are under way: the oldest stage is there.
+DLM_DEVICE void wait_for_oldest(int stages) {
+  switch (stages) {
+    case 2:
+      return copy_wait<0>();
+    case 3:
+      return copy_wait<1>();
+    case 4:
+      return copy_wait<2>();
+    case 5:
+      return copy_wait<3>();
+    default:
+      return copy_wait<4>();
+  }
+}
+
+// The block's way through its splits, tile by tile, a few tiles ahead of the products. It does not
+// stop between splits: the next one streams in during the epilogue.
+template <typename Element, int kTiles>
+struct TileStream {
+  static constexpr int kTileWidth = kDecodeTileBytes / sizeof(Element);
+  static constexpr int kRowsAtOnce = kDecodeThreads / kRowChunks;  // eight threads copy one row
+  static constexpr int kHiddenTurns = (kTiles * kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
+  static constexpr int kWeightBytes = kDecodeSplit * kDecodeTileBytes;
+  static constexpr int kStageBytes = kWeightBytes + kTiles * kTokens * kDecodeTileBytes;
+
+  const HeadDecodeParams& params;
+  unsigned char* stages;
+  const Element* hidden[kHiddenTurns];  // rows of which this thread copies a chunk; null: zeros
+  int row, chunk;                       // of the first tile row that this thread copies
+  int split, tile, slot;                // to be copied next
+
+  DLM_DEVICE TileStream(const HeadDecodeParams& given, unsigned char* memory)
+      : params(given),
+        stages(memory),
+        row(static_cast<int>(thread_index()) / kRowChunks),
+        chunk(static_cast<int>(thread_index()) % kRowChunks),
+        split(static_cast<int>(block_x())),
+        tile(0),
+        slot(0) {
+    DLM_UNROLL
+    for (int turn = 0; turn < kHiddenTurns; ++turn) {
+      const int token = row + turn * kRowsAtOnce;
+      const int source = token < params.rows.count ? source_of(params.rows, token) : -1;
+      const bool inside = source >= 0 && source < params.hidden_rows;
+      hidden[turn] =
+          inside ? static_cast<const Element*>(params.hidden) + source * params.hidden_stride
+                 : nullptr;
+    }
+  }
+
+  DLM_DEVICE int tiles() const {
+    return (params.width + kTileWidth - 1) / kTileWidth;
+  }
+  DLM_DEVICE int splits() const {
+    return (params.rows.vocabulary + kDecodeSplit - 1) / kDecodeSplit;
+  }
+  DLM_DEVICE const unsigned char* weight_tile(int at) const {
+    return stages + at * kStageBytes;
+  }
+  DLM_DEVICE const unsigned char* hidden_tile(int at) const {
+    return stages + at * kStageBytes + kWeightBytes;
+  }
+  DLM_DEVICE int slot_after(int at) const {
+    return at + 1 == params.stages ? 0 : at + 1;
+  }
+
+  // One group of copies, an empty one behind the end.
+  DLM_DEVICE void copy_next() {
+    if (split < splits()) {
+      unsigned char* weight_to = stages + slot * kStageBytes;
+      const Index column = Index{tile} * kTileWidth + chunk * (kChunkBytes / sizeof(Element));
+      DLM_UNROLL
+      for (int first = 0; first < kDecodeSplit; first += kRowsAtOnce) {
+        const Index id = Index{split} * kDecodeSplit + first + row;
+        const Element* from =
+            static_cast<const Element*>(params.weight) + id * params.weight_stride;
+        copy_chunk(weight_to + chunk_place(first + row, chunk),
+                   id < params.rows.vocabulary ? from : nullptr, column, params.width,
+                   params.weight_aligned);
+      }
+      DLM_UNROLL
+      for (int turn = 0; turn < kHiddenTurns; ++turn) {
+        const int token = row + turn * kRowsAtOnce;
+        if (token < kTiles * kTokens)
+          copy_chunk(weight_to + kWeightBytes + chunk_place(token, chunk), hidden[turn], column,
+                     params.width, params.hidden_aligned);
+      }
+      if (++tile == tiles()) {
+        tile = 0;
+        split += static_cast<int>(grid_x());
+      }
+    }
+    copy_commit();
+    slot = slot_after(slot);
+  }
+};
+
+DLM_DEVICE void multiply_16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                            BFloat16) {
+  mma_16x8x16_bf16(d, a, b);
+}
+DLM_DEVICE void multiply_16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                            Float16) {
+  mma_16x8x16_f16(d, a, b);
+}
+
+// Adds the products of one tile. A thread's sums belong to the vocabulary rows
+// warp * 32 + lane / 4 * 4 + {0, 1, 2, 3}, which share a block of noise, and in tile j of tokens to
+// 8 j + lane % 4 * 2 + {0, 1}: sums[r / 2][j][r % 2 * 2 + token]. Rows and numbers of a row may
+// stand in any order in a matrix instruction, as long as both factors agree: so every lane reads
+// whole chunks.
+template <int kTiles, typename Element>
+DLM_DEVICE void add_products(const unsigned char* weight, const unsigned char* hidden,
+                             float (&sums)[2][kTiles][4], Element type) {
+  const int lane = static_cast<int>(thread_index() % kWarp), group = lane / 4;
+  const int first = static_cast<int>(thread_index() / kWarp) * kWarpRows + group * 4;
+  DLM_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int chunk = half * 4 + lane % 4;
+    Words row[4];
+    DLM_UNROLL
+    for (int r = 0; r < 4; ++r) row[r] = load_chunk<Words>(weight, first + r, chunk);
+    DLM_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      const Words token = load_chunk<Words>(hidden, j * kTokens + group, chunk);
+      DLM_UNROLL
+      for (int part = 0; part < 4; part += 2) {
+        const unsigned b[2] = {token.word[part], token.word[part + 1]};
+        DLM_UNROLL
+        for (int m = 0; m < 2; ++m) {
+          const Words &low = row[2 * m], &high = row[2 * m + 1];
+          const unsigned a[4] = {low.word[part], high.word[part], low.word[part + 1],
+                                 high.word[part + 1]};
+          multiply_16(sums[m][j], a, b, type);
+        }
+      }
+    }
+  }
+}
+
+// The same sums by single multiply-adds.
+template <int kTiles>
+DLM_DEVICE void add_products(const unsigned char* weight, const unsigned char* hidden,
+                             float (&sums)[2][kTiles][4], float) {
+  const int lane = static_cast<int>(thread_index() % kWarp);
+  const int first = static_cast<int>(thread_index() / kWarp) * kWarpRows + lane / 4 * 4;
+  DLM_ROLL
+  for (int chunk = 0; chunk < kRowChunks; ++chunk) {
+    Chunk<float> row[4];
+    DLM_UNROLL
+    for (int r = 0; r < 4; ++r) row[r] = load_chunk<Chunk<float>>(weight, first + r, chunk);
+    DLM_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      DLM_UNROLL
+      for (int token = 0; token < 2; ++token) {
+        const auto column =
+            load_chunk<Chunk<float>>(hidden, j * kTokens + lane % 4 * 2 + token, chunk);
+        DLM_UNROLL
+        for (int r = 0; r < 4; ++r) {
+          float& sum = sums[r / 2][j][r % 2 * 2 + token];
+          DLM_UNROLL
+          for (int i = 0; i < 4; ++i) sum = multiply_add(row[r].value[i], column.value[i], sum);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace dlm_fast::device

@@ -1,0 +1,266 @@
+"""The small-N head kernel against the definition, in float64: values, draws, rows, ragged sizes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from head_problems import problem
+from token_rows import Rows, same_numbers
+from torch import Tensor
+
+from dlm_fast.ops import Rng, Stream, token_stats_ref
+from dlm_fast.ops._common import addresses, extension
+from dlm_fast.ops._head_inputs import FLOAT_DTYPES
+
+DEVICE = (2, 227 << 10)  # multiprocessors, bytes of shared memory
+
+
+def keyed(count: int, seed: int = 0, **counters: Tensor | int) -> Rng:
+    return Rng.of(seed, Stream.TOKEN, list(range(count))).at(**counters)
+
+
+def plans(rows: Rows, hidden: Tensor, weight: Tensor, device: tuple[int, int] = DEVICE):
+    """Both launches, and the workspace, which starts as NaN."""
+    core = extension()
+    count = core.head_decode_workspace_bytes(rows.count, rows.vocabulary)
+    workspace = torch.full((count // 4,), torch.nan), torch.full((rows.count,), torch.nan)
+    made = core.plan_head_decode(
+        rows.bound,
+        FLOAT_DTYPES.index(hidden.dtype),
+        (hidden.data_ptr(), hidden.stride(0), hidden.shape[0]),
+        (weight.data_ptr(), weight.stride(0)),
+        hidden.shape[1],
+        addresses(*workspace),
+        device,
+    )
+    return made, workspace
+
+
+def decode(executor, hidden: Tensor, weight: Tensor, count: int, device=DEVICE, **options):
+    rows = Rows(count, weight.shape[0], **options)
+    made, _workspace = plans(rows, hidden, weight, device)
+    for plan in made:
+        executor.launch(plan, hidden.device)
+    return rows.out
+
+
+def kernels(dtype: str) -> tuple[str, ...]:
+    return *(f"head_decode_{dtype}_{tokens}" for tokens in (8, 16, 32, 64)), "head_decode_merge"
+
+
+# Rows, width, vocabulary: every tile of tokens and every kind of tail.
+SHAPES = [(1, 16, 517), (7, 64, 1031), (8, 70, 517), (9, 123, 517), (31, 16, 300), (64, 70, 1031)]
+
+
+def check_values(executor, dtype: torch.dtype, **options) -> None:
+    for count, width, vocabulary in SHAPES:
+        p = problem(count, width, vocabulary, dtype, bias=count % 2 == 1)
+        common = {"rows": p.rows, "bias": p.bias, **options}
+        if options.get("rng"):
+            common["rng"] = keyed(count, position=p.rows, step=3, draw=5)
+        temperature = common.pop("draw_temperature", 0.0)
+        drawn = {"draw_temperature": temperature} if temperature else {}
+        ours = decode(executor, p.hidden, p.weight, count, targets=p.targets, **common, **drawn)
+        exact = p.exact()
+        common["bias"] = exact.bias
+        truth = token_stats_ref(
+            exact.hidden, exact.weight, p.targets, temperature=temperature, **common
+        )
+        assert torch.equal(ours["token"], truth.token)
+        same_numbers(ours, truth)
+        total = ours["row_max"].double() + ours["log_sum"].double()
+        assert (total - truth.lse).abs().max() < 1e-4
+
+
+@pytest.mark.covers(*kernels("bf16"))
+def test_bfloat16(executor):
+    check_values(executor, torch.bfloat16, rng=True, draw_temperature=1.3)
+
+
+@pytest.mark.covers(*kernels("f16"))
+def test_float16(executor):
+    check_values(executor, torch.float16)
+
+
+@pytest.mark.covers(*kernels("f32"))
+def test_float32(executor):
+    check_values(executor, torch.float32, rng=True, draw_temperature=0.7)
+
+
+def test_tiny_vocabularies(executor):
+    for vocabulary, width in ((5, 64), (97, 70), (256, 16), (257, 16)):
+        p = problem(9, width, vocabulary, torch.bfloat16)
+        ours = decode(executor, p.hidden, p.weight, 9, rows=p.rows, rng=keyed(9))
+        exact = p.exact()
+        truth = token_stats_ref(
+            exact.hidden, exact.weight, rows=p.rows, rng=keyed(9), temperature=1.0
+        )
+        assert torch.equal(ours["token"], truth.token)
+        same_numbers(ours, truth)
+
+
+def test_columns_of_logits_far_from_zero(executor):
+    """Padding must not count as a logit of 0, above or below all others."""
+    p = problem(8, 64, 301)
+    for level in (-60.0, 60.0):
+        bias = torch.full((301,), level)
+        ours = decode(executor, p.hidden, p.weight, 8, rows=p.rows, bias=bias)
+        truth = token_stats_ref(
+            p.hidden.double(), p.weight.double(), rows=p.rows, bias=bias.double()
+        )
+        assert torch.equal(ours["token"], truth.token)
+        same_numbers(ours, truth)
+
+
+def test_forbidden_columns_take_no_part(executor):
+    p = problem(9, 20, 530)
+    p.targets[:] = 7
+    best = (p.hidden[p.rows.long()] @ p.weight.t()).argmax(-1)
+    forbidden = sorted({0, 3, 527, 529, *best.tolist()} - {7})
+    p.weight[0] = math.nan  # not even the weights count
+    allowed = [v for v in range(530) if v not in forbidden]
+    for drawn in ({}, {"rng": keyed(9)}):
+        ours = decode(
+            executor, p.hidden, p.weight, 9, rows=p.rows, targets=p.targets, forbid_ids=forbidden,
+            **drawn,
+        )  # fmt: skip
+        weight = p.weight.double()
+        weight[0] = 0
+        truth = token_stats_ref(
+            p.hidden.double(), weight, p.targets, rows=p.rows, forbid_ids=forbidden,
+            temperature=float(len(drawn)), **drawn,
+        )  # fmt: skip
+        assert torch.equal(ours["token"], truth.token) and set(ours["token"].tolist()) <= set(
+            allowed
+        )
+        same_numbers(ours, truth)
+
+
+def test_rows_that_are_not_there(executor):
+    """Unselected, absent and, on request, ignored rows are not read; zeros come out."""
+    p = problem(12, 64, 300, torch.bfloat16)
+    clean = decode(executor, p.hidden, p.weight, 12, rows=p.rows, targets=p.targets)
+    hidden, rows, targets = p.hidden.clone(), p.rows.clone(), p.targets.clone()
+    hidden[sorted(set(range(15)) - set(p.rows.tolist()))] = math.nan
+    hidden[rows[[2, 5]].long()] = math.nan
+    rows[2], targets[5] = -1, -100
+    ours = decode(executor, hidden, p.weight, 12, rows=rows, targets=targets, skip_ignored=True)
+    there = torch.tensor([i not in (2, 5) for i in range(12)])
+    for name, value in ours.items():
+        assert torch.equal(value[there], clean[name][there]), name
+        assert (value[~there] == 0).all(), name
+    hidden[rows[5].long()] = p.hidden[rows[5].long()]
+    kept = decode(executor, hidden, p.weight, 12, rows=rows, targets=targets)
+    assert kept["logprob"][5] == 0 and kept["lse"][5] == clean["lse"][5]
+    rows[3] = 15  # behind the last row: cannot be reported without a wait
+    broken = decode(executor, hidden, p.weight, 12, rows=rows, targets=targets)
+    assert broken["lse"][3].isnan() and torch.equal(broken["lse"][4:], kept["lse"][4:])
+
+
+def test_a_nan_row_poisons_only_itself(executor):
+    p = problem(9, 20, 300, torch.float16)
+    for drawn in ({}, {"rng": keyed(9)}):
+        clean = decode(executor, p.hidden, p.weight, 9, rows=p.rows, forbid_ids=[0], **drawn)
+        hidden = p.hidden.clone()
+        hidden[p.rows[4].long(), 3] = math.nan
+        ours = decode(executor, hidden, p.weight, 9, rows=p.rows, forbid_ids=[0], **drawn)
+        others = torch.arange(9) != 4
+        for name, value in ours.items():
+            assert torch.equal(value[others], clean[name][others]), name
+            assert name == "token" or name == "row_max" or value[4].isnan(), name
+        assert ours["token"][4] == 1  # the lowest allowed one: a token that exists
+
+
+def test_ties_and_extremes(executor):
+    logits = torch.zeros(5, 600)
+    logits[1, [7, 550]] = 5.0
+    logits[2, 599] = 60.0
+    logits[3, [255, 256]] = 30.0
+    logits[4], logits[4, 3] = -1e4, 1e4
+    ours = decode(executor, logits, torch.eye(600), 5)
+    assert ours["token"].tolist() == [0, 7, 599, 255, 3]
+    assert ours["margin"].tolist() == [0, 0, 1, 0, 1]
+    assert ours["entropy"][0].item() == pytest.approx(math.log(600), abs=2e-6)
+    assert ours["confidence"][0].item() == pytest.approx(1 / 600, rel=1e-6)
+    assert ours["lse"][4] == 1e4
+
+
+def test_columns_of_minus_infinity(executor):
+    p = problem(3, 16, 300)
+    bias = torch.zeros(300)
+    bias[100:] = -math.inf
+    for temperature in (1.0, 0.7, 1.3):  # their reciprocals' low parts have both signs
+        ours = decode(executor, p.hidden, p.weight, 3, bias=bias, temperature=temperature)
+        exact = p.hidden[:3].double() / temperature
+        truth = token_stats_ref(exact, p.weight.double()[:100])
+        assert torch.equal(ours["token"], truth.token)
+        same_numbers(ours, truth)
+
+
+def spread(matrix: Tensor, gap: int, offset: int) -> Tensor:
+    """The same numbers with NaN between the rows, from an address of any alignment on."""
+    rows, width = matrix.shape
+    memory = torch.full((offset + rows * (width + gap),), torch.nan, dtype=matrix.dtype)
+    view = memory[offset:].view(rows, width + gap)[:, :width]
+    view.copy_(matrix)
+    return view
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_any_alignment_gives_the_same_bits(executor, dtype):
+    p = problem(7, 72, 300, dtype)
+    plain = decode(executor, p.hidden, p.weight, 7, rows=p.rows)
+    for gap, offset in ((8, 0), (1, 0), (8, 1), (5, 3)):
+        ours = decode(
+            executor, spread(p.hidden, gap, offset), spread(p.weight, gap, offset), 7, rows=p.rows
+        )
+        for name, value in ours.items():
+            assert torch.equal(value, plain[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_row_depends_on_nothing_else(executor, dtype):
+    """Bitwise: alone, in any batch and order, on any device, with any depth of the pipeline."""
+    p = problem(40, 70, 517, dtype)
+    rng = keyed(40, position=p.rows)
+    whole = decode(executor, p.hidden, p.weight, 40, rows=p.rows, rng=rng)
+    for part in ([0], [39], [5, 30], list(range(13)), list(range(39, 20, -1))):
+        alone = decode(
+            executor, p.hidden, p.weight, len(part), rows=p.rows[part], rng=rng.take(part)
+        )
+        for name, value in alone.items():
+            assert torch.equal(value, whole[name][part]), name
+    for device in ((1, 99 << 10), (132, 163 << 10)):
+        other = decode(executor, p.hidden, p.weight, 40, device=device, rows=p.rows, rng=rng)
+        for name, value in other.items():
+            assert torch.equal(value, whole[name]), name
+
+
+def test_draws_follow_the_distribution(executor):
+    """1,280 draws over 16 tokens; five standard deviations of chi-square."""
+    logits = 1.5 * torch.randn(16, generator=torch.Generator().manual_seed(0))
+    hidden = logits.expand(64, 16).contiguous()
+    counts = torch.zeros(16, dtype=torch.float64)
+    for first in range(20):
+        rng = Rng.of(0, Stream.TOKEN, list(range(64 * first, 64 * first + 64)))
+        drawn = decode(executor, hidden, torch.eye(16), 64, rng=rng, draw_temperature=1.5)
+        counts += torch.bincount(drawn["token"], minlength=16)
+    expected = 64 * 20 * (logits.double() / 1.5).softmax(0)
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    assert statistic < 15 + 5 * math.sqrt(30)
+
+
+def test_what_cannot_be_planned():
+    hidden, weight = torch.zeros(65, 16), torch.zeros(20, 16)
+    with pytest.raises(ValueError, match="65 rows, at most 64"):
+        plans(Rows(65, 20), hidden, weight)
+    with pytest.raises(ValueError, match="shared memory"):
+        plans(Rows(64, 20), hidden, weight, (2, 48 << 10))
+    with pytest.raises(ValueError, match="float32 or 16-bit"):
+        plans(Rows(1, 20), hidden.double(), weight.double())
+    with pytest.raises(ValueError, match="more rows than hidden"):
+        plans(Rows(5, 20), hidden[:4], weight)
+    with pytest.raises(ValueError, match="forbidden"):
+        plans(Rows(5, 3, forbid_ids=[0, 1, 2]), hidden, weight)

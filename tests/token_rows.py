@@ -1,0 +1,68 @@
+"""Rows whose tokens the kernels choose, and where their outputs go, for tests of those kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlm_fast.ops import Rng, token_stats
+from dlm_fast.ops._common import addresses, extension
+
+NUMBERS = ("confidence", "lse", "entropy", "margin", "logprob", "row_max", "log_sum")
+TOLERANCE = {"confidence": 1e-5, "lse": 1e-4, "entropy": 2e-4, "margin": 1e-5, "logprob": 1e-4}
+
+
+class Rows:
+    """What the extension's ``TokenRows`` refers to; outputs start as NaN, tokens as -7."""
+
+    def __init__(
+        self,
+        count: int,
+        vocabulary: int,
+        *,
+        temperature: float = 1.0,
+        bias: Tensor | None = None,
+        rows: Tensor | None = None,
+        targets: Tensor | None = None,
+        skip_ignored: bool = False,
+        forbid_ids: list[int] | None = None,
+        rng: Rng | None = None,
+        draw_temperature: float = 1.0,
+    ) -> None:
+        forbidden = torch.tensor(forbid_ids or [], dtype=torch.int64)
+        self.alive = (bias, rows, targets, forbidden, rng)
+        self.out = {name: torch.full((count,), torch.nan) for name in NUMBERS}
+        self.out["token"] = torch.full((count,), -7)
+        counters = (0, 0, 0) if rng is None else addresses(rng.keys, rng.position, rng.step)
+        self.count, self.vocabulary = count, vocabulary
+        self.bound = extension().TokenRows(
+            (count, vocabulary),
+            temperature,
+            addresses(bias, rows, targets),
+            skip_ignored,
+            (*addresses(forbidden), len(forbidden)),
+            counters,
+            0 if rng is None else rng.draw,
+            draw_temperature,
+            addresses(self.out["token"], *(self.out[name] for name in NUMBERS)),
+        )
+
+
+def same_numbers(ours: dict[str, Tensor], truth: Any, names: Any = TOLERANCE) -> None:
+    """Within the tolerances of the head ops, of a ``TokenStats`` in float64; NaN equals NaN."""
+    for name in names:
+        torch.testing.assert_close(
+            ours[name].double(),
+            getattr(truth, name).double(),
+            atol=TOLERANCE[name],
+            rtol=0,
+            equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def cpu_draw(logits_NV: Tensor, rng: Rng, **options: Any) -> Tensor:
+    """The tokens that the op draws on the CPU, outside of the emulator."""
+    return token_stats(logits_NV, torch.eye(logits_NV.shape[1]), rng=rng, **options).token
