@@ -79,8 +79,9 @@ DLM_DEVICE DecodePartial examine(const HeadDecodeParams& params, const DecodeRow
   float z[kNoiseColumns];
   SoftmaxStateOf<float> state;
   for (int i = 0; i < kNoiseColumns; ++i) {
-    z[i] = columns.excluded >> i & 1 ? -infinity_of<float>()
-                                     : finished(rows, logit[i], columns.bias[i]);
+    z[i] = columns.excluded >> i & 1
+               ? -infinity_of<float>()
+               : tempered(logit[i] + columns.bias[i], rows.inverse, rows.inverse_low);
     add_column<float, true>(state, z[i], columns.first + i);
     if (token < rows.count && columns.first + i == row.target) params.target_logit[token] = z[i];
   }
@@ -112,7 +113,7 @@ DLM_DEVICE void finish_split(const HeadDecodeParams& params, int split, bool has
   // One copy of a large body. It reads the first tile of sums; the others move up, because
   // registers have no index.
   DLM_ROLL
-  for (int j = 0; j < kTiles; ++j) {
+  for (int j = 0; j < kTiles && j * kTokens < params.rows.count; ++j) {
     DLM_ROLL
     for (int column = 0; column < 2; ++column) {
       const int token = j * kTokens + lane % 4 * 2 + column;
@@ -198,18 +199,15 @@ DLM_DEVICE void merge_splits(const HeadDecodeParams& params) {
 
 }  // namespace dlm_fast::device
 
-#define DLM_DECODE_KERNEL DLM_KERNEL(dlm_fast::device::kDecodeThreads)
+#define DLM_DECODE_KERNEL DLM_LARGE_KERNEL(dlm_fast::device::kDecodeThreads)
 #define DLM_KERNELS(KERNEL)                                                                    \
   KERNEL(DLM_DECODE_KERNEL, head_decode_bf16_8, HeadDecodeParams, head_decode<BFloat16, 1>)    \
-  KERNEL(DLM_DECODE_KERNEL, head_decode_bf16_16, HeadDecodeParams, head_decode<BFloat16, 2>)   \
   KERNEL(DLM_DECODE_KERNEL, head_decode_bf16_32, HeadDecodeParams, head_decode<BFloat16, 4>)   \
   KERNEL(DLM_DECODE_KERNEL, head_decode_bf16_64, HeadDecodeParams, head_decode<BFloat16, 8>)   \
   KERNEL(DLM_DECODE_KERNEL, head_decode_f16_8, HeadDecodeParams, head_decode<Float16, 1>)      \
-  KERNEL(DLM_DECODE_KERNEL, head_decode_f16_16, HeadDecodeParams, head_decode<Float16, 2>)     \
   KERNEL(DLM_DECODE_KERNEL, head_decode_f16_32, HeadDecodeParams, head_decode<Float16, 4>)     \
   KERNEL(DLM_DECODE_KERNEL, head_decode_f16_64, HeadDecodeParams, head_decode<Float16, 8>)     \
   KERNEL(DLM_DECODE_KERNEL, head_decode_f32_8, HeadDecodeParams, head_decode<float, 1>)        \
-  KERNEL(DLM_DECODE_KERNEL, head_decode_f32_16, HeadDecodeParams, head_decode<float, 2>)       \
   KERNEL(DLM_DECODE_KERNEL, head_decode_f32_32, HeadDecodeParams, head_decode<float, 4>)       \
   KERNEL(DLM_DECODE_KERNEL, head_decode_f32_64, HeadDecodeParams, head_decode<float, 8>)       \
   KERNEL(DLM_KERNEL(dlm_fast::cuda::kDecodeMergeThreads), head_decode_merge, HeadDecodeParams, \

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cuda/dtype_names.h"
 #include "cuda/token_rows_check.h"
 
 namespace dlm_fast::cuda {
@@ -19,26 +20,13 @@ int num_splits(int vocabulary) {
   return (vocabulary + kDecodeSplit - 1) / kDecodeSplit;
 }
 
-std::string prefix(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return "head_decode_f32_";
-    case Dtype::kBFloat16:
-      return "head_decode_bf16_";
-    case Dtype::kFloat16:
-      return "head_decode_f16_";
-    case Dtype::kFloat64:
-      break;
-  }
-  throw std::invalid_argument("head_decode: hidden and weight must be float32 or 16-bit");
-}
-
-bool aligned(const void* base, device::Index stride, int rows, int element_bytes) {
+bool aligned(const void* base, device::Index row_bytes, int rows) {
   const auto misplaced = reinterpret_cast<uintptr_t>(base) % 16;
-  return misplaced == 0 && (rows <= 1 || stride * element_bytes % 16 == 0);
+  return misplaced == 0 && (rows <= 1 || row_bytes % 16 == 0);
 }
 
-void check(const HeadDecodeParams& params, DecodeDevice device) {
+void check(const HeadDecodeParams& params, Dtype dtype, DecodeDevice device) {
+  DLM_CHECK(dtype != Dtype::kFloat64, "head_decode: hidden and weight must be float32 or 16-bit");
   check_token_rows(params.rows, "head_decode");
   DLM_CHECK(params.rows.count <= kDecodeRows, "head_decode: " + std::to_string(params.rows.count) +
                                                   " rows, at most " + std::to_string(kDecodeRows) +
@@ -59,15 +47,12 @@ int64_t head_decode_workspace_bytes(int rows, int vocabulary) {
 }
 
 std::array<Launch, 2> plan_head_decode(HeadDecodeParams params, Dtype dtype, DecodeDevice device) {
-  const std::string kernel = prefix(dtype);
-  check(params, device);
-  const int element_bytes = dtype == Dtype::kFloat32 ? 4 : 2;
-  params.hidden_aligned =
-      aligned(params.hidden, params.hidden_stride, params.hidden_rows, element_bytes);
+  check(params, dtype, device);
+  const int bytes = element_bytes(dtype);
+  params.hidden_aligned = aligned(params.hidden, params.hidden_stride * bytes, params.hidden_rows);
   params.weight_aligned =
-      aligned(params.weight, params.weight_stride, params.rows.vocabulary, element_bytes);
-  int tokens = 8;
-  while (tokens < params.rows.count) tokens *= 2;
+      aligned(params.weight, params.weight_stride * bytes, params.rows.vocabulary);
+  const int tokens = params.rows.count <= 8 ? 8 : params.rows.count <= 32 ? 32 : 64;
   const int64_t stage_bytes = int64_t{kDecodeSplit + tokens} * kDecodeTileBytes;
   const int64_t scratch_bytes = tokens * kScratchBytesPerRow;
   const int64_t fitting = (device.shared_bytes - scratch_bytes) / stage_bytes;
@@ -78,7 +63,7 @@ std::array<Launch, 2> plan_head_decode(HeadDecodeParams params, Dtype dtype, Dec
   params.stages = static_cast<int>(std::min<int64_t>(fitting, kMostStages));
 
   Launch pass;
-  pass.kernel = kernel + std::to_string(tokens);
+  pass.kernel = "head_decode" + suffix(dtype) + "_" + std::to_string(tokens);
   // One block fills a multiprocessor's shared memory; it goes through several splits without
   // letting its pipeline run dry in between.
   pass.grid_x =

@@ -63,7 +63,7 @@ DLM_DEVICE void row_draw(const RowDrawParams& params) {
 
 }  // namespace dlm_fast::device
 
-#define DLM_DRAW_KERNEL DLM_KERNEL(dlm_fast::cuda::kRowDrawThreads)
+#define DLM_DRAW_KERNEL DLM_LARGE_KERNEL(dlm_fast::cuda::kRowDrawThreads)
 #define DLM_KERNELS(KERNEL)                                             \
   KERNEL(DLM_DRAW_KERNEL, row_draw_all, RowDrawParams, row_draw<false>) \
   KERNEL(DLM_DRAW_KERNEL, row_draw_filtered, RowDrawParams, row_draw<true>)

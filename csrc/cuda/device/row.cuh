@@ -18,6 +18,14 @@ struct alignas(4 * sizeof(Real) > 16 ? 16 : 4 * sizeof(Real)) Quad {
   Real value[kLanes];
 };
 
+// logit / temperature, by the reciprocal in two parts.
+template <typename Real>
+DLM_DEVICE Real tempered(Real logit, Real inverse, Real inverse_low) {
+  // the second part would turn infinity into NaN: infinity * 0
+  if (logit - logit != 0) return logit * inverse;
+  return multiply_add(logit, inverse, logit * inverse_low);
+}
+
 // Columns [first, first + count) of a row, wherever they lie; first is a multiple of 4.
 template <typename Real>
 struct RowSlice {
@@ -28,9 +36,7 @@ struct RowSlice {
 
   DLM_DEVICE Real finish(Real logit, int column) const {
     if (bias) logit += bias[first + column];
-    // the second part would turn infinity into NaN: infinity * 0
-    if (logit - logit != 0) return logit * inverse;
-    return multiply_add(logit, inverse, logit * inverse_low);
+    return tempered(logit, inverse, inverse_low);
   }
   // z of four columns; minus infinity behind the end.
   DLM_DEVICE Quad<Real> read(int column) const {

@@ -66,7 +66,8 @@ struct DrawRow {
     for (int i = 0; i < kNoiseColumns; ++i) {
       const bool out = excluded >> i & 1;
       const float bias = rows.bias && !out ? rows.bias[first + i] : 0.0f;
-      z[i] = out ? -infinity_of<float>() : finished(rows, quad.value[i], bias);
+      z[i] = out ? -infinity_of<float>()
+                 : tempered(quad.value[i] + bias, rows.inverse, rows.inverse_low);
     }
   }
 

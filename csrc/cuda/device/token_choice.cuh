@@ -11,13 +11,6 @@ using cuda::TokenRows;
 
 constexpr int kNoiseColumns = 4;  // columns that share a block of random words
 
-// z of one column; minus infinity stays what it is, whatever the sign of inverse_low.
-DLM_DEVICE float finished(const TokenRows& rows, float logit, float bias) {
-  const float value = logit + bias;
-  if (value == -infinity_of<float>()) return value;
-  return multiply_add(value, rows.inverse, value * rows.inverse_low);
-}
-
 // Which of the four columns from `first` on take no part, as bits: they are forbidden or lie behind
 // the end of the vocabulary.
 DLM_DEVICE unsigned excluded_columns(const TokenRows& rows, int first) {

@@ -6,6 +6,8 @@
 
 #define DLM_DEVICE __device__ __forceinline__
 #define DLM_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// One block fills a multiprocessor, so a thread may use all registers that there are.
+#define DLM_LARGE_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
 // Devices before sm_90 have no clusters and are never asked to start such a kernel.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define DLM_CLUSTER_KERNEL(threads, blocks) DLM_KERNEL(threads)

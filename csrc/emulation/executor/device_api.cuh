@@ -10,6 +10,7 @@
 
 #define DLM_DEVICE inline
 #define DLM_KERNEL(threads) static void
+#define DLM_LARGE_KERNEL(threads) static void
 #define DLM_CLUSTER_KERNEL(threads, blocks) static void
 #define DLM_UNROLL
 #define DLM_ROLL
