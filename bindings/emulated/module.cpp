@@ -24,6 +24,11 @@ PYBIND11_MODULE(_C_emulated, m) {
   static Setting setting;
   // kernel name -> largest number of blocks of a launch since the last reset
   static std::map<std::string, unsigned> launched;
+#if defined(__SANITIZE_ADDRESS__)
+  m.attr("sanitized") = true;
+#else
+  m.attr("sanitized") = false;
+#endif
   m.def("cuda_kernels", [] {
     std::map<std::string, std::vector<std::string>> names;
     for (const emulation::Body& body : emulation::bodies())

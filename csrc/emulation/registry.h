@@ -15,7 +15,7 @@ struct Body {
 
 const std::vector<Body>& bodies();
 
-// Throws std::invalid_argument for an unknown name.
+// Of the bodies and of the emulator's own tests. Throws std::invalid_argument for an unknown name.
 const Kernel& kernel_named(const std::string& name);
 
 }  // namespace dlm_fast::emulation
