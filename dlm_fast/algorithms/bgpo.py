@@ -221,16 +221,16 @@ class BGPO(Algorithm):
             log_ratio_K = scale_K * (ell_K.detach() - _old(micro, copies))
             value_K, kappa_K = lower_bound(advantage_K, log_ratio_K, self.config)
             weight_K = share * scale_K * advantage_K * kappa_K
-            surrogate = (weight_K.to(ell_K.dtype) * ell_K).sum()
+            surrogate = -(weight_K.to(ell_K.dtype) * ell_K).sum()
         else:
             value_K, kappa_K = micro.per_copy(copies, "value"), micro.per_copy(copies, "kappa")
             log_ratio_K = micro.per_copy(copies, "log_ratio")
             log_ratio_K = log_ratio_K[: 0 if math.isnan(micro.records[0].log_ratio) else None]
             weight_K = share * scale_K * advantage_K * kappa_K
-            surrogate, ell_K = self.scorer.weighted_ell(copies, weight_K, forward)
-        # the surrogate has the gradient of the bound, but another value
+            surrogate, ell_K = self.scorer.weighted_ell(copies, -weight_K, forward)
+        # the surrogate has the gradient of minus the bound, but another value
         value = (share * value_K.sum()).to(surrogate.dtype)
-        loss = (surrogate.detach() - value) - surrogate
+        loss = surrogate - (surrogate.detach() + value)
         per_token_K = ell_K.detach() / micro.per_copy(copies, "length")
         return loss, self._metrics(ell_K.detach(), per_token_K, log_ratio_K, kappa_K, value_K)
 

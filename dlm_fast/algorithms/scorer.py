@@ -44,10 +44,10 @@ class Scorer:
     def weighted_ell(
         self, copies: MaskedCopies, weight_K: Tensor, forward: Callable[..., Any]
     ) -> tuple[Tensor, Tensor]:
-        """sum of weight * ell, differentiable, and ell [K], detached.
+        """sum of weight * ell, a term of the loss as it is, and ell [K], detached.
 
         The weights are known before the forward, so the head's gradient is made inside it and no
-        log-probability waits for the backward pass.
+        log-probability waits for the backward pass. Signs and scales of the loss belong into them.
         """
         weight_N = copies.per_row(weight_K * copies.weight_K)
         request = self._request(copies, weight_N)
@@ -65,4 +65,6 @@ class Scorer:
         if self._predicting_rows is None:
             raise RuntimeError("call algorithm.modules(policy) before the first score or loss")
         rows = self._predicting_rows(copies.rows, copies.visibility)
-        return ScoreRequest(rows=rows, targets=copies.targets, weights=weight_N)
+        return ScoreRequest(
+            rows=rows, targets=copies.targets, weights=weight_N, in_loss=weight_N is not None
+        )

@@ -89,10 +89,10 @@ class SFT(Algorithm):
     def loss(self, micro: Micro, forward: Callable[..., Any]) -> tuple[Tensor, Metrics]:
         """-(1/(N n)) * sum of ell over the micro-batch."""
         copies = micro.draw()
-        weight_K = torch.full_like(copies.weight_K, 1 / (micro.divisor * self.config.num_samples))
-        objective, ell_K = self.scorer.weighted_ell(copies, weight_K, forward)
+        weight_K = torch.full_like(copies.weight_K, -1 / (micro.divisor * self.config.num_samples))
+        loss, ell_K = self.scorer.weighted_ell(copies, weight_K, forward)
         tokens = micro.count * sum(demonstration.length for demonstration in micro.records)
-        return -objective, {"elbo/per_token": (ell_K.sum().item(), float(tokens))}
+        return loss, {"elbo/per_token": (ell_K.sum().item(), float(tokens))}
 
     def modules(self, policy: nn.Module) -> dict[str, TrainedModule]:
         self.scorer.bind(policy)

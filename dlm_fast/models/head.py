@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlm_fast.models.head_gradient import HeadGradient, objective_in_place
 from dlm_fast.models.requests import LogitsRequest, ScoreOutput, ScoreRequest, StatsRequest
 from dlm_fast.ops import TokenStats, token_logprob, token_stats, weighted_logprob
 
@@ -24,11 +25,15 @@ class Head(nn.Module):
     def __init__(self, weight_VD: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight_VD
+        self.gradient: HeadGradient | None = None
+        """where requests with ``in_loss`` add the head's gradient; None: autograd makes it"""
 
     def forward(
         self, hidden_TD: Tensor, request: ScoreRequest | StatsRequest | LogitsRequest
     ) -> ScoreOutput | TokenStats | Tensor:
         """Rows of requests count ``hidden``; logits may also be asked of [B, S, D]."""
+        if isinstance(request, ScoreRequest) and self._adds_in_place(hidden_TD, request):
+            return self._score_in_place(hidden_TD, request)
         hidden_TD, weight_VD = self._same_dtype(hidden_TD)
         if isinstance(request, LogitsRequest):
             return F.linear(hidden_TD, weight_VD)
@@ -38,15 +43,49 @@ class Head(nn.Module):
                 return _stats(hidden_TD, weight_VD, request)
             return _score(hidden_TD, weight_VD, request)
 
+    def _adds_in_place(self, hidden_TD: Tensor, request: ScoreRequest) -> bool:
+        if self.gradient is None or not request.in_loss or request.weights is None:
+            return False
+        return torch.is_grad_enabled() and hidden_TD.requires_grad
+
+    def _score_in_place(self, hidden_TD: Tensor, request: ScoreRequest) -> ScoreOutput:
+        assert self.gradient is not None and request.weights is not None
+        hidden_TD = _as_computed(hidden_TD)
+        device = hidden_TD.device
+        with torch.autocast(device.type, enabled=False):
+            objective, logprob_N = objective_in_place(
+                hidden_TD,
+                self.weight,
+                request.targets.to(device),
+                request.weights.to(device),
+                self.gradient,
+                _options(request, device),
+            )
+        return ScoreOutput(logprob_N, None, None, objective)
+
     def _same_dtype(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states and weight in the type that a linear layer would compute in."""
-        device_type = hidden_TD.device.type
-        if torch.is_autocast_enabled(device_type) and hidden_TD.dtype != torch.float64:
-            hidden_TD = hidden_TD.to(torch.get_autocast_dtype(device_type))
+        hidden_TD = _as_computed(hidden_TD)
         return hidden_TD, self.weight.to(hidden_TD.dtype)
 
     def extra_repr(self) -> str:
         return f"vocab_size={self.weight.shape[0]}, width={self.weight.shape[1]}"
+
+
+def _as_computed(hidden_TD: Tensor) -> Tensor:
+    """In the type of autocast, if it is on."""
+    device_type = hidden_TD.device.type
+    if torch.is_autocast_enabled(device_type) and hidden_TD.dtype != torch.float64:
+        return hidden_TD.to(torch.get_autocast_dtype(device_type))
+    return hidden_TD
+
+
+def _options(request: ScoreRequest, device: torch.device) -> dict[str, Any]:
+    return {
+        "rows": request.rows.to(device),
+        "temperature": request.temperature,
+        "forbid_ids": list(request.forbid_ids),
+    }
 
 
 def _stats(hidden_TD: Tensor, weight_VD: Tensor, request: StatsRequest) -> TokenStats:
@@ -67,11 +106,7 @@ def _stats(hidden_TD: Tensor, weight_VD: Tensor, request: StatsRequest) -> Token
 def _score(hidden_TD: Tensor, weight_VD: Tensor, request: ScoreRequest) -> ScoreOutput:
     device = hidden_TD.device
     targets_N = request.targets.to(device)
-    options: dict[str, Any] = {
-        "rows": request.rows.to(device),
-        "temperature": request.temperature,
-        "forbid_ids": list(request.forbid_ids),
-    }
+    options = _options(request, device)
     if request.weights is None:
         score = token_logprob(hidden_TD, weight_VD, targets_N, **options)
         return ScoreOutput(score.logprob, score.lse, score.entropy, None)

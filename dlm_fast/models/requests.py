@@ -28,6 +28,9 @@ class ScoreRequest:
     """logits are divided by it"""
     forbid_ids: Sequence[int] = ()
     """tokens left out of the distribution"""
+    in_loss: bool = False
+    """with ``weights``: the loss is this objective, or a sum of such, plus terms that do not touch
+    the head; so the head's gradient may be added to a main gradient as soon as it is known"""
 
 
 class ScoreOutput(NamedTuple):

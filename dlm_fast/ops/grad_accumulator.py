@@ -104,6 +104,7 @@ class GradAccumulator:
         self._adds = 0
         self._elsewhere: set[int] = set()  # parameters whose gradients come in place
         self._present: set[int] = set()  # those of the present sample
+        self._reached: set[int] = set()  # parameters with a gradient since zero()
         self._square_elsewhere = 0.0
         self._clear()
 
@@ -182,6 +183,7 @@ class GradAccumulator:
                 self._squares_elsewhere.append(self._square_elsewhere)
         for i in found:
             self.params[i].grad = None
+        self._reached |= self._present | set(found)
         self._count += 1
         self._adds += 1
         self._present, self._square_elsewhere = set(), 0.0
@@ -209,7 +211,7 @@ class GradAccumulator:
             norm = torch.linalg.vector_norm(self.main_grads[i], dtype=torch.float64)
             main_square += float(norm) ** 2
         clipped_square_K = factor_K.square() * square_K
-        mean_norm, variance, mean_square = _moments(scale_K, clipped_square_K, main_square)
+        mean_norm, variance, mean_square = gradient_moments(scale_K, clipped_square_K, main_square)
         return GradStatistics(
             norms=square_K.sqrt(),
             cosines=cosine_K,
@@ -220,11 +222,13 @@ class GradAccumulator:
             noise_scale=variance / mean_norm**2 if mean_norm > 0 else math.nan,
         )
 
-    def assign_grads(self) -> None:
-        """Gives every parameter its main gradient as ``.grad``, for an optimizer: the same memory
-        where the types are equal, else rounded once. Call ``zero()`` after the step."""
-        for param, main in zip(self.params, self.main_grads, strict=True):
-            param.grad = main.to(param.dtype)
+    def assign_grads(self, *, everywhere: bool = False) -> None:
+        """Gives the parameters that any sample reached their main gradients as ``.grad``, for an
+        optimizer: the same memory where the types are equal, else rounded once. Call ``zero()``
+        after the step. ``everywhere``: all parameters, for sums over processes, which samples
+        elsewhere may have reached."""
+        for place in range(len(self.params)) if everywhere else sorted(self._reached):
+            self.params[place].grad = self.main_grads[place].to(self.params[place].dtype)
 
     def zero(self) -> None:
         """Forgets all samples; frees ``.grad`` where it is a main gradient."""
@@ -243,7 +247,7 @@ class GradAccumulator:
         self._results: list[Tensor] = []
         self._scales: list[float] = []
         self._squares_elsewhere: list[float] = []
-        self._elsewhere, self._present = set(), set()
+        self._elsewhere, self._present, self._reached = set(), set(), set()
         self._square_elsewhere = 0.0
 
     def _check_grad(self, place: int) -> None:
@@ -264,8 +268,11 @@ class GradAccumulator:
             )
 
 
-def _moments(scale_K: Tensor, square_K: Tensor, main_square: float) -> tuple[float, float, float]:
-    """Norm of the mean, variance, and the unbiased square of the mean."""
+def gradient_moments(
+    scale_K: Tensor, square_K: Tensor, main_square: float
+) -> tuple[float, float, float]:
+    """Norm of the mean, variance, and the unbiased square of the mean, of samples with norms
+    ``square_K`` squared whose sum, times the scales, has the squared norm ``main_square``."""
     v1, v2 = float(scale_K.sum()), float(scale_K.square().sum())
     if v1 == 0:
         return math.nan, math.nan, math.nan

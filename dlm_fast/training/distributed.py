@@ -151,6 +151,20 @@ class Runtime:
         """Sum over ranks, in rank order, so that it is the same number everywhere."""
         return math.fsum(self.gather(float(value)))
 
+    def sum_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Sums every tensor over ranks, in place; small ones travel together."""
+        if self.world == 1:
+            return
+        for bucket in _buckets(tensors):
+            if len(bucket) == 1 and bucket[0].is_contiguous():
+                dist.all_reduce(bucket[0])
+                continue
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            dist.all_reduce(flat)
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
     def any(self, flag: bool) -> bool:
         return any(self.gather(bool(flag)))
 
@@ -202,6 +216,20 @@ def _leave_group_at_exit() -> None:
             dist.destroy_process_group()
 
     atexit.register(leave)
+
+
+def _buckets(tensors: Iterable[Tensor], max_bytes: int = 25 << 20) -> Iterator[list[Tensor]]:
+    """Neighbours of one type, up to so many bytes together."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > max_bytes or bucket[0].dtype != tensor.dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

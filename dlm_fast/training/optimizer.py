@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dlm_fast.algorithms.contract import Algorithm, TrainedModule, Update
+from dlm_fast.training.accumulate import Accumulation
 from dlm_fast.training.distributed import Runtime, grad_norm
 from dlm_fast.training.metrics import MetricSums
 from dlm_fast.training.run_config import TrainConfig
@@ -88,6 +89,10 @@ class Stepper:
         """why the run must stop: too many bad steps in a row"""
         self._config = config
         self._runtime = runtime
+        self._accumulations = {
+            name: Accumulation(trainee.module, config, runtime)
+            for name, trainee in self.trainees.items()
+        }
 
     def set_lr(self, iteration: int) -> float:
         lr = self._config.lr_at(iteration)
@@ -115,12 +120,13 @@ class Stepper:
         (name,) = modules
         if name not in self.trainees:
             raise ValueError(f"update of {name!r}, but modules() trains {sorted(self.trainees)}")
-        num_micros = max(count for _, count in wanted)
-        if num_micros == 0:
+        counts = [count for _, count in wanted]
+        if max(counts) == 0:
             sums.add_count("train/empty_updates", 1 if self._runtime.is_main else 0)
             return True
         trainee = self.trainees[name]
-        loss = self._accumulate(trainee, update, algorithm, num_micros, sums)
+        with self._accumulations[name].step(sum(counts)):
+            loss = self._accumulate(trainee, update, algorithm, max(counts), sums)
         self._finish(trainee, loss, sums)
         return True
 
@@ -132,13 +138,15 @@ class Stepper:
         num_micros: int,
         sums: MetricSums,
     ) -> float:
-        """Gradients of all micro-batches, reduced over ranks in the last backward pass."""
+        """Gradients of all micro-batches, summed over ranks at the end."""
+        gradients = self._accumulations[trainee.name]
         micros = update.micros if update else ()
         loss_of = (update.loss if update else None) or algorithm.loss
         forward = self.forward_of(trainee.wrapped)
         total = torch.zeros((), dtype=torch.float64, device=self._runtime.device)
         for index in range(num_micros):
-            with self._runtime.gradient_sync(trainee.wrapped, index == num_micros - 1):
+            is_last = index == num_micros - 1 and not gradients.owns_reduction
+            with self._runtime.gradient_sync(trainee.wrapped, is_last):
                 if index < len(micros):
                     loss, metrics = loss_of(micros[index], forward)
                     sums.add_reported(metrics)
@@ -146,9 +154,11 @@ class Stepper:
                     loss = self._idle(trainee)
                 if not loss.requires_grad:
                     loss = loss + self._idle(trainee)
-                # wrappers average gradients over ranks; losses are already sums of global means
-                (loss * self._runtime.world).backward()
+                scale = gradients.loss_scale
+                (loss if scale == 1 else loss * scale).backward()
+            gradients.add(is_sample=index < len(micros))
             total += loss.detach()
+        gradients.finish()
         return float(total)
 
     def _idle(self, trainee: Trainee) -> Tensor:
@@ -175,6 +185,7 @@ class Stepper:
             self._count_bad(trainee.name, total, norm_value)
             return
         self.bad_in_a_row = 0
+        self._accumulations[trainee.name].report(trainee.name, norm_value, sums)
         limit = self._config.max_grad_norm
         if limit > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)

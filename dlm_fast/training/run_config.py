@@ -30,6 +30,18 @@ class TrainConfig:
     """decoupled weight decay of AdamW, on every trained weight"""
     max_grad_norm: float = 1.0
     """gradients of a module are scaled down to this global norm; 0 switches clipping off"""
+    head_gradient: Literal["in_place", "autograd"] = "in_place"
+    """how the head's gradients of the micro-batches are summed: in_place, by the fused op into one
+    float32 sum; autograd, each made whole and added. The same gradient; in_place saves time and
+    memory. Sharded modules (FSDP2) always use autograd"""
+    gradient_statistics: bool = False
+    """log norm, variance and noise scale of the samples' gradients. A sample is one forward and
+    backward pass: train.micro_batch rollouts times algorithm.samples_per_forward masks. Not with
+    FSDP2; takes autograd's gradient of the head"""
+    per_sample_clip: float = 0.0
+    """scale the gradient of each sample down to this norm; 0: off. A sample is one forward and
+    backward pass of one rollout (train.micro_batch=1), its gradient is scaled so that the step's
+    is the mean of the samples'. Not with FSDP2"""
     warmup_steps: int = 0
     """iterations over which the learning rate rises linearly from lr / warmup_steps to lr"""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -73,18 +85,24 @@ class TrainConfig:
             "keep_checkpoints",
         ):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "per_sample_clip"):
             value = getattr(self, name)
             _require(name, value, 0 <= value < math.inf, "0 or more, and finite")
         _require("lr", self.lr, 0 < self.lr < 1, "between 0 and 1")
         ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require("betas", self.betas, ok, "two numbers from 0 to below 1")
+        if self.per_sample_clip > 0 and self.micro_batch != 1:
+            raise ValueError(
+                "train.per_sample_clip clips the gradient of one rollout, so it needs "
+                f"train.micro_batch=1, got {self.micro_batch}"
+            )
         if self.eval_temperature is not None:
             ok = 0 <= self.eval_temperature < math.inf
             _require("eval_temperature", self.eval_temperature, ok, "0 or more, and finite")
         for name, values in (
             ("schedule", ("constant", "cosine", "linear")),
             ("precision", ("fp32", "bf16")),
+            ("head_gradient", ("in_place", "autograd")),
             ("device", ("auto", "cpu", "cuda")),
         ):
             _require(name, getattr(self, name), getattr(self, name) in values, f"one of {values}")
