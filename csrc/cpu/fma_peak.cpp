@@ -86,8 +86,9 @@ double tile_rate(bool pairs, double seconds) {
   std::fill_n(weight.data(), weight.size(), 0.5f);
   const double flop = (pairs ? 4.0 : 2.0) * kBlockV * kBlockD * kernels.panel;
   return best_rate(flop, seconds, [&](int64_t rounds) {
+    Ahead nothing[kAhead];
     for (int64_t i = 0; i < rounds; ++i)
-      logits(rows.data(), weight.data(), {kBlockV, kBlockD}, false, 2, out.data());
+      logits(rows.data(), weight.data(), {kBlockV, kBlockD}, false, 2, nothing, out.data());
   });
 }
 

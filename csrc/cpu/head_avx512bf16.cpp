@@ -4,9 +4,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
-#include <immintrin.h>
-
 #include "cpu/head_gemm.h"
+#include "cpu/vec_avx512.h"
 
 namespace dlm_fast::cpu::avx512bf16 {
 
@@ -14,36 +13,15 @@ namespace {
 
 // Operands hold sixteen pairs of bfloat16, sums sixteen floats. Products are exact in float32 and
 // are added there.
-struct PairVec {
-  using Real = float;
-  static constexpr int kLanes = 16;
-  static constexpr int kTile = 14;
+struct PairProduct {
   static constexpr int kDepth = 2;
-  __m512 x;
-
-  static PairVec load(const float* p) {
-    return {_mm512_loadu_ps(p)};
-  }
-  void store(float* p) const {
-    _mm512_storeu_ps(p, x);
-  }
-  static PairVec set(float pair) {
-    return {_mm512_set1_ps(pair)};
-  }
-  friend PairVec operator+(PairVec a, PairVec b) {
-    return {_mm512_add_ps(a.x, b.x)};
-  }
-  // Of sums, not of pairs.
-  friend PairVec operator*(PairVec a, PairVec b) {
-    return {_mm512_mul_ps(a.x, b.x)};
-  }
-  static PairVec fma(PairVec a, PairVec b, PairVec sum) {
+  static DLM_INLINE avx512::Vec fma(avx512::Vec a, avx512::Vec b, avx512::Vec sum) {
     return {_mm512_dpbf16_ps(sum.x, (__m512bh)a.x, (__m512bh)b.x)};
   }
 };
 
-using Gemm = HeadGemm<PairVec>;
-constexpr int kLanes = PairVec::kLanes;
+using Gemm = HeadGemm<avx512::Vec, PairProduct>;
+constexpr int kLanes = Gemm::kLanes;
 constexpr int kPanel = Gemm::kPanel;
 
 // Sixteen bfloat16 numbers of a row, zero past the width or without a row.
@@ -113,8 +91,9 @@ void pack_gradient(float* gradient, int64_t v) {
 }  // namespace
 
 const PairKernels& pair_kernels() {
-  static const PairKernels kernels{pack_gradient, pack_columns,          pack_weight,
-                                   Gemm::logits,  Gemm::hidden_gradient, Gemm::weight_gradient};
+  static const PairKernels kernels{pack_gradient,         pack_columns,          pack_weight,
+                                   Gemm::logits,          Gemm::logits_and_pack, Gemm::few_logits,
+                                   Gemm::hidden_gradient, Gemm::weight_gradient};
   return kernels;
 }
 

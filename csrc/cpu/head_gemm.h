@@ -20,14 +20,24 @@
 
 namespace dlm_fast::cpu {
 
+// One number of an operand is one factor.
 template <class V>
+struct SingleProduct {
+  static constexpr int kDepth = 1;
+  static DLM_INLINE V fma(V a, V b, V sum) {
+    return V::fma(a, b, sum);
+  }
+};
+
+template <class V, class Product = SingleProduct<V>>
 struct HeadGemm {
   using Real = typename V::Real;
   static constexpr int kLanes = V::kLanes;
   static constexpr int kPanel = 2 * kLanes;
   static constexpr int kTile = V::kTile;
-  static constexpr int kDepth = V::kDepth;  // numbers along the depth that one lane holds
-  static_assert(kBlockV % kTile == 0 && kBlockD % kTile == 0, "blocks hold whole tiles");
+  static constexpr int kDepth = Product::kDepth;  // numbers along the depth that one lane holds
+  static constexpr int kMostFewRows = kLanes < 8 ? kLanes : 8;
+  static_assert(kBlockV % kTile == 0, "blocks hold whole tiles");
   static_assert(kBlockD + kTile <= kWeightStride, "a tile may read past the last column");
 
   // --- reading the inputs
@@ -149,34 +159,37 @@ struct HeadGemm {
 
   // tile += left [kTile, depth] times right [depth, kPanel]; the strides of left are constants, so
   // that every broadcast is one instruction.
-  template <int kVectors, int64_t kRowStride, int64_t kDepthStride>
+  template <int64_t kRowStride, int64_t kDepthStride, int kRows, int kVectors>
   static DLM_INLINE void multiply(const Real* left, const Real* right, int64_t depth,
-                                  V (&tile)[kTile][kVectors]) {
-    for (int64_t k = 0; k < depth; ++k) {
-      V column[kVectors];
-      for (int j = 0; j < kVectors; ++j) column[j] = V::load(right + j * kLanes);
-      DLM_UNROLL
-      for (int i = 0; i < kTile; ++i) {
-        const V factor = V::set(left[i * kRowStride]);
-        for (int j = 0; j < kVectors; ++j) tile[i][j] = V::fma(factor, column[j], tile[i][j]);
-      }
-      left += kDepthStride;
-      right += kPanel;
+                                  V (&tile)[kRows][kVectors]) {
+    for (int64_t k = 0; k < depth; ++k)
+      multiply_step<kRowStride>(left + k * kDepthStride, right + k * kPanel, tile);
+  }
+
+  template <int64_t kRowStride, int kRows, int kVectors>
+  static DLM_INLINE void multiply_step(const Real* left, const Real* right,
+                                       V (&tile)[kRows][kVectors]) {
+    V column[kVectors];
+    for (int j = 0; j < kVectors; ++j) column[j] = V::load(right + j * kLanes);
+    DLM_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const V factor = V::set(left[i * kRowStride]);
+      for (int j = 0; j < kVectors; ++j) tile[i][j] = Product::fma(factor, column[j], tile[i][j]);
     }
   }
 
-  template <int kVectors>
-  static DLM_INLINE void clear(V (&tile)[kTile][kVectors]) {
+  template <int kRows, int kVectors>
+  static DLM_INLINE void clear(V (&tile)[kRows][kVectors]) {
     DLM_UNROLL
-    for (int i = 0; i < kTile; ++i)
+    for (int i = 0; i < kRows; ++i)
       for (int j = 0; j < kVectors; ++j) tile[i][j] = V::set(0);
   }
 
   // Writes or adds the first `rows` rows of a tile to a panel.
-  template <int kVectors>
-  static DLM_INLINE void put(const V (&tile)[kTile][kVectors], int64_t rows, bool add, Real* out) {
+  template <int kRows, int kVectors>
+  static DLM_INLINE void put(const V (&tile)[kRows][kVectors], int64_t rows, bool add, Real* out) {
     DLM_UNROLL
-    for (int i = 0; i < kTile; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       if (i >= rows) break;
       for (int j = 0; j < kVectors; ++j) {
         Real* place = out + i * kPanel + j * kLanes;
@@ -185,56 +198,182 @@ struct HeadGemm {
     }
   }
 
+  static DLM_INLINE void fetch(Ahead* ahead) {
+    for (int i = 0; i < kAhead; ++i) ahead[i].fetch();
+  }
+
   template <int kVectors>
-  static void logits_of(const Real* rows, const Real* weight, BlockSize size, bool add, Real* out) {
+  static void logits_of(const Real* rows, const Real* weight, BlockSize size, bool add,
+                        Ahead* ahead, Real* out) {
     for (int64_t v = 0; v < size.v; v += kTile) {
+      fetch(ahead);
       V tile[kTile][kVectors];
       clear(tile);
-      multiply<kVectors, kWeightStride, 1>(weight + v * kWeightStride, rows, size.d, tile);
+      multiply<kWeightStride, 1>(weight + v * kWeightStride, rows, size.d, tile);
+      put(tile, kTile, add, out + v * kPanel);
+    }
+  }
+
+  // The same, packing the weights on the way: while a tile is multiplied, a vector of the next one
+  // is copied in almost every step. A copy before would stand still for each of its cache misses.
+  static void logits_and_pack(const Real* rows, const Matrix& matrix, int64_t v0, int64_t d0,
+                              BlockSize size, bool add, Ahead* ahead, Real* weight, Real* out) {
+    const int64_t vectors = size.d / kLanes;
+    const Real* source = static_cast<const Real*>(matrix.data) + v0 * matrix.stride + d0;
+    const auto copy = [&](int64_t v, int64_t k) {
+      V::load(source + v * matrix.stride + k * kLanes)
+          .store(weight + v * kWeightStride + k * kLanes);
+    };
+    for (int64_t v = 0; v < kTile; ++v)
+      for (int64_t k = 0; k < vectors; ++k) copy(v, k);
+    for (int64_t v = 0; v < size.v; v += kTile) {
+      fetch(ahead);
+      V tile[kTile][2];
+      clear(tile);
+      const Real* left = weight + v * kWeightStride;
+      const Real* right = rows;
+      int64_t left_over = size.d;
+      if (v + kTile < size.v) {
+        for (int i = 0; i < kTile; ++i)
+          for (int64_t k = 0; k < vectors; ++k) {
+            copy(v + kTile + i, k);
+            multiply_step<kWeightStride>(left, right, tile);
+            ++left;
+            right += kPanel;
+          }
+        left_over -= kTile * vectors;
+      }
+      multiply<kWeightStride, 1>(left, right, left_over, tile);
       put(tile, kTile, add, out + v * kPanel);
     }
   }
 
   static void logits(const Real* rows, const Real* weight, BlockSize size, bool add, int vectors,
-                     Real* out) {
+                     Ahead* ahead, Real* out) {
     if (vectors == 1)
-      logits_of<1>(rows, weight, size, add, out);
+      logits_of<1>(rows, weight, size, add, ahead, out);
     else
-      logits_of<2>(rows, weight, size, add, out);
+      logits_of<2>(rows, weight, size, add, ahead, out);
   }
 
+  // --- logits of few rows: vocabulary rows in the lanes, straight from the row-major head
+
+  // Sums are those of `logits`, number by number: depth in order, in parts of kBlockD.
+  template <int kRows>
+  static void few_logits_of(const Matrix& weight, int64_t v, int64_t count, const Real* rows,
+                            Real* out) {
+    const int64_t depth = weight.width;
+    V total[kLanes];
+    for (V& t : total) t = V::set(0);
+    for (int64_t first = 0; first < depth; first += kBlockD) {
+      const int64_t end = std::min(depth, first + kBlockD);
+      V sum[kRows];
+      for (V& s : sum) s = V::set(0);
+      for (int64_t d = first; d < end; d += kLanes) {
+        V square[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          square[i] = i < count ? read_vector(weight.data, weight.dtype,
+                                              (v + i) * weight.stride + d, end - d)
+                                : V::set(0);
+          prefetch(weight, (v + kLanes + i) * weight.stride + d);
+        }
+        V::transpose(square);
+        const auto multiply_column = [&](int64_t k, V column) {
+          for (int n = 0; n < kRows; ++n)
+            sum[n] = Product::fma(V::set(rows[n * depth + d + k]), column, sum[n]);
+        };
+        if (end - d >= kLanes) {
+          DLM_UNROLL
+          for (int k = 0; k < kLanes; ++k) multiply_column(k, square[k]);
+        } else {
+          for (int64_t k = 0; k < end - d; ++k) multiply_column(k, square[k]);
+        }
+      }
+      for (int n = 0; n < kRows; ++n) total[n] = first == 0 ? sum[n] : total[n] + sum[n];
+    }
+    V::transpose(total);
+    for (int64_t i = 0; i < count; ++i) total[i].store(out + i * kPanel);
+  }
+
+  static void few_logits(const Matrix& weight, int64_t v, int64_t count, const Real* rows,
+                         int64_t num_rows, Real* out) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int64_t lanes = std::min<int64_t>(kLanes, count - i);
+      if (num_rows == 1)
+        few_logits_of<1>(weight, v + i, lanes, rows, out + i * kPanel);
+      else if (num_rows == 2)
+        few_logits_of<2>(weight, v + i, lanes, rows, out + i * kPanel);
+      else if (num_rows <= 4)
+        few_logits_of<4>(weight, v + i, lanes, rows, out + i * kPanel);
+      else
+        few_logits_of<kMostFewRows>(weight, v + i, lanes, rows, out + i * kPanel);
+    }
+  }
+
+  template <int kRows, int kVectors>
+  static DLM_INLINE void hidden_gradient_tile(const Real* gradient, const Real* weight,
+                                              BlockSize size, bool add, Real* out) {
+    V tile[kRows][kVectors];
+    clear(tile);
+    multiply<1, kWeightStride>(weight, gradient, size.v, tile);
+    put(tile, size.d, add, out);
+  }
+
+  // A block of 256 columns is 18 tiles of 14 and one of 4.
   template <int kVectors>
   static void hidden_gradient_of(const Real* gradient, const Real* weight, BlockSize size, bool add,
-                                 Real* out) {
+                                 Ahead* ahead, Real* out) {
+    constexpr int kLow = kTile < 4 ? kTile : 4;
     for (int64_t d = 0; d < size.d; d += kTile) {
-      V tile[kTile][kVectors];
-      clear(tile);
-      multiply<kVectors, 1, kWeightStride>(weight + d, gradient, size.v, tile);
-      put(tile, size.d - d, add, out + d * kPanel);
+      fetch(ahead);
+      const BlockSize rest{size.v, size.d - d};
+      if (rest.d <= kLow)
+        hidden_gradient_tile<kLow, kVectors>(gradient, weight + d, rest, add, out + d * kPanel);
+      else
+        hidden_gradient_tile<kTile, kVectors>(gradient, weight + d, rest, add, out + d * kPanel);
     }
   }
 
   static void hidden_gradient(const Real* gradient, const Real* weight, BlockSize size, bool add,
-                              int vectors, Real* out) {
+                              int vectors, Ahead* ahead, Real* out) {
     if (vectors == 1)
-      hidden_gradient_of<1>(gradient, weight, size, add, out);
+      hidden_gradient_of<1>(gradient, weight, size, add, ahead, out);
     else
-      hidden_gradient_of<2>(gradient, weight, size, add, out);
+      hidden_gradient_of<2>(gradient, weight, size, add, ahead, out);
   }
 
   static void weight_gradient(const Real* gradient, const Real* columns, int64_t n,
-                              const WeightUpdate<Real>& update) {
+                              const WeightUpdate<Real>& update, Ahead* ahead) {
     for (int64_t v = 0; v < update.v; v += kTile) {
+      fetch(ahead);
       V tile[kTile][2];
       clear(tile);
       for (int64_t i = 0; i < n; i += kPanel) {
         const int64_t rows = n - i < kPanel ? n - i : kPanel;
-        multiply<2, kPanel / kDepth, 1>(gradient + i * kBlockV + v * (kPanel / kDepth),
-                                        columns + i / kDepth * kPanel, (rows + kDepth - 1) / kDepth,
-                                        tile);
+        multiply<kPanel / kDepth, 1>(gradient + i * kBlockV + v * (kPanel / kDepth),
+                                     columns + i / kDepth * kPanel, (rows + kDepth - 1) / kDepth,
+                                     tile);
       }
       const int64_t rows = update.v - v < kTile ? update.v - v : kTile;
-      store_update(tile, rows, update, update.out + v * update.stride);
+      if (update.round)
+        store_rounded(tile, rows, update, v);
+      else
+        store_update(tile, rows, update, static_cast<Real*>(update.out) + v * update.stride);
+    }
+  }
+
+  static DLM_INLINE void store_rounded(const V (&tile)[kTile][2], int64_t rows,
+                                       const WeightUpdate<Real>& update, int64_t v) {
+    const V alpha = V::set(update.alpha);
+    auto* out = static_cast<uint16_t*>(update.out) + v * update.stride;
+    DLM_UNROLL
+    for (int i = 0; i < kTile; ++i) {
+      if (i >= rows) break;
+      uint16_t words[kPanel];
+      uint16_t* row = out + i * update.stride;
+      uint16_t* place = update.columns == kPanel ? row : words;
+      for (int j = 0; j < 2; ++j) (alpha * tile[i][j]).store_bfloat16(place + j * kLanes);
+      if (place == words) std::copy(words, words + update.columns, row);
     }
   }
 

@@ -16,8 +16,8 @@ namespace dlm_fast::cpu {
 // every tile height (4, 6, 14) and of the four columns of a Philox block.
 constexpr int64_t kBlockV = 252;
 // Columns of D that are multiplied before partial sums are added up: bounds the rounding error and
-// keeps the operands near. Also a multiple of every tile height.
-constexpr int64_t kBlockD = 252;
+// keeps the operands near. Whole cache lines, so that widths of models need no short last part.
+constexpr int64_t kBlockD = 256;
 // 17 cache lines: rows of a packed block fall into different cache sets, and a tile may read past
 // its last column.
 constexpr int64_t kWeightStride = 272;
@@ -26,6 +26,12 @@ constexpr int64_t kPackedWeight = kBlockV * kWeightStride;
 constexpr int64_t kChunkBlocks = 8;
 // Rows that share one packed block of weights.
 constexpr int64_t kGroupRows = 256;
+// Rows that are fewer than it pays to copy weights for, where a vector has as many lanes.
+constexpr int64_t kFewRows = 8;
+
+// What products fetch ahead of their use: from L3 for the next panel, from memory for the next
+// part.
+constexpr int kAhead = 2;
 
 struct Matrix {
   const void* data;
@@ -38,6 +44,39 @@ struct Matrix {
 struct BlockSize {
   int64_t v;
   int64_t d;
+};
+
+// Memory that will be read soon: a product asks for a few cache lines of it with every tile, so
+// that they come from memory, or from L3, while it multiplies.
+struct Ahead {
+  uintptr_t row = 0;  // an address, which may run past the end of an array
+  int64_t stride = 0, bytes = 0;
+  int64_t lines = 0, per_tile = 0;
+  int64_t offset = 0;
+
+  Ahead() = default;
+  // Rows that have come by the end of a number of tiles.
+  Ahead(const void* data, int64_t row_stride, int64_t row_bytes, int64_t rows, int64_t tiles)
+      : row(reinterpret_cast<uintptr_t>(data)),
+        stride(row_stride),
+        bytes(row_bytes),
+        lines((row_bytes + 63) / 64 * rows),
+        per_tile((lines + tiles - 1) / tiles) {}
+
+  // Call once per tile.
+  void fetch() {
+    const int64_t count = per_tile < lines ? per_tile : lines;
+    lines -= count;
+    for (int64_t i = 0; i < count; ++i) {
+#if defined(__GNUC__)
+      __builtin_prefetch(reinterpret_cast<const void*>(row + static_cast<uintptr_t>(offset)), 0, 2);
+#endif
+      offset += 64;
+      if (offset < bytes) continue;
+      offset = 0;
+      row += static_cast<uintptr_t>(stride);
+    }
+  }
 };
 
 // Softmax state of a panel: five arrays [P] behind each other.
@@ -76,12 +115,13 @@ struct GradientLanes {
 
 template <typename Real>
 struct WeightUpdate {
-  Real* out;  // [v, columns], rows stride apart
+  void* out;  // [v, columns], rows stride apart; bfloat16 where round is set, else Real
   int64_t stride;
   int64_t v;
   int64_t columns;  // at most P
   Real alpha;
   bool add;
+  bool round;  // never with add
 };
 
 template <typename Real>
@@ -99,7 +139,15 @@ struct HeadKernels {
   void (*pack_weight)(const Matrix& weight, int64_t v, int64_t d, BlockSize size, Real* out);
   // out [kBlockV, P] (+)= weight block times rows [D, P]
   void (*logits)(const Real* rows, const Real* weight, BlockSize size, bool add, int vectors,
-                 Real* out);
+                 Ahead* ahead, Real* out);
+  // pack_weight and logits in one, for whole tiles of rows, whole vectors of depth, two vectors of
+  // hidden states, and a matrix of type Real
+  void (*logits_and_pack)(const Real* rows, const Matrix& matrix, int64_t v, int64_t d,
+                          BlockSize size, bool add, Ahead* ahead, Real* weight, Real* out);
+  // the same sums for at most min(kFewRows, lanes) rows: out [count, P] = weight rows
+  // [v, v + count) times rows [kFewRows, D], zero past num_rows
+  void (*few_logits)(const Matrix& weight, int64_t v, int64_t count, const Real* rows,
+                     int64_t num_rows, Real* out);
   // logits = (logits + bias) * scale in place
   void (*scale)(Real* logits, int64_t v, const Real* bias, double scale, int vectors);
   // the same, then into the state; `first` numbers the columns
@@ -110,14 +158,15 @@ struct HeadKernels {
                          int64_t first, Real* state);
   void (*sample)(const Real* logits, BlockSize first_and_v, Real inverse_temperature,
                  const NoiseLanes& noise, int vectors, const BestLanes<Real>& best);
-  // logits in place -> their gradient, without the target's cotangent
-  void (*gradient)(Real* logits, int64_t v, const GradientLanes<Real>& lanes, int vectors);
+  // logits -> their gradient, without the target's cotangent; out may be the logits
+  void (*gradient)(const Real* logits, int64_t v, const GradientLanes<Real>& lanes, int vectors,
+                   Real* out);
   // out [D, P] at d (+)= weight block transposed times gradient [kBlockV, P]
   void (*hidden_gradient)(const Real* gradient, const Real* weight, BlockSize size, bool add,
-                          int vectors, Real* out);
+                          int vectors, Ahead* ahead, Real* out);
   // out (+)= alpha * gradient of all panels [n / P, kBlockV, P] times columns [n, P]
   void (*weight_gradient)(const Real* gradient, const Real* columns, int64_t n,
-                          const WeightUpdate<Real>& update);
+                          const WeightUpdate<Real>& update, Ahead* ahead);
   // out[v] = sum over n rows of the gradient
   void (*bias_gradient)(const Real* gradient, int64_t v, int64_t n, Real* out);
   void (*round)(const Real* numbers, int64_t count, uint16_t* bfloat16);
@@ -139,6 +188,8 @@ struct PairKernels {
   // as pack_weight -> [kBlockV / 2, kWeightStride], pairs of vocabulary rows
   void (*pack_weight)(const Matrix& weight, int64_t v, int64_t d, BlockSize size, float* out);
   decltype(HeadKernels<float>::logits) logits;
+  decltype(HeadKernels<float>::logits_and_pack) logits_and_pack;
+  decltype(HeadKernels<float>::few_logits) few_logits;
   decltype(HeadKernels<float>::hidden_gradient) hidden_gradient;
   decltype(HeadKernels<float>::weight_gradient) weight_gradient;
 };

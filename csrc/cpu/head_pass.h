@@ -1,7 +1,7 @@
-// One block of selected rows against the whole vocabulary: logits, statistics, gradients.
+// One block of selected rows against the whole vocabulary: logits and their statistics.
 //
-// Traffic: the head is read once per group of 256 rows (once more for the gradient of the hidden
-// states); logits stay in L2 unless a gradient needs them, then in one workspace of bounded size.
+// Traffic: the head is read once per group of 256 rows; logits stay in L2, but for blocks of the
+// vocabulary that the caller keeps, for a gradient or a filter, in a workspace of bounded size.
 // Work is cut at fixed rows and columns, so no result depends on the number of threads, and the
 // statistics of a row do not depend on the rows beside it.
 #pragma once
@@ -15,7 +15,6 @@
 #include "cpu/head_kernels.h"
 #include "cpu/scratch.h"
 #include "dlm_fast/head_inputs.h"
-#include "dlm_fast/token_logprob.h"
 
 namespace dlm_fast::cpu {
 
@@ -31,16 +30,18 @@ struct RowBlock {
   }
 };
 
-// The cotangents of a row's statistics, and what its logits are normalised by.
-template <typename Real>
-struct RowGradient {
-  double max, log_sum;
-  double linear, entropic, target;
-  bool active;  // false: the row gets exactly zero and is not read
-};
-
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
+}
+
+// Part of a matrix that will be packed, fetched while a number of tiles are multiplied.
+inline Ahead ahead_of(const Matrix& matrix, int64_t row, int64_t column, BlockSize size,
+                      int64_t tiles) {
+  const int64_t bytes =
+      matrix.dtype == Dtype::kFloat64 ? 8 : (matrix.dtype == Dtype::kFloat32 ? 4 : 2);
+  const auto* data = static_cast<const char*>(matrix.data);
+  return {data + (row * matrix.stride + column) * bytes, matrix.stride * bytes, size.d * bytes,
+          size.v, tiles};
 }
 
 template <typename Real>
@@ -58,14 +59,23 @@ class HeadPass {
         blocks_(ceil_div(inputs.v, kBlockV)),
         chunks_(ceil_div(blocks_, kChunkBlocks)) {}
 
-  // Rows whose logits fit the workspace of 64 MiB, whole groups, at most four of them: more would
-  // leave the caches without saving traffic.
-  int64_t rows_with_logits() const {
-    const int64_t per_row = blocks_ * kBlockV * static_cast<int64_t>(sizeof(Real));
-    const int64_t groups = (int64_t{64} << 20) / (per_row * kGroupRows);
-    return kGroupRows * std::clamp<int64_t>(groups, 1, 4);
-  }
+  // Rows of one pass where no logits are kept.
   static constexpr int64_t kRowsWithoutLogits = 4 * kGroupRows;
+  // Bytes of logits that are kept at most.
+  static constexpr int64_t kKeptBytes = int64_t{80} << 20;
+
+  // Rows whose logits can all be kept.
+  int64_t rows_with_logits() const {
+    const int64_t per_panel = blocks_ * panel_size_ * static_cast<int64_t>(sizeof(Real));
+    return k_.panel * std::clamp<int64_t>(kKeptBytes / per_panel, 1, kRowsWithoutLogits / k_.panel);
+  }
+
+  // Blocks of the vocabulary whose logits can be kept for some rows.
+  int64_t blocks_to_keep(int64_t num_rows) const {
+    const int64_t per_block =
+        ceil_div(num_rows, k_.panel) * panel_size_ * static_cast<int64_t>(sizeof(Real));
+    return std::min(blocks_, kKeptBytes / std::max<int64_t>(per_block, 1));
+  }
 
   void load(const RowBlock& rows) {
     rows_ = &rows;
@@ -76,17 +86,19 @@ class HeadPass {
       k_.pack_rows(logit_hidden_, rows.hidden_row.data() + p * k_.panel, lanes_of(p),
                    packed + p * k_.panel * depth);
     });
+    if (few()) copy_few_rows();
   }
 
-  // Statistics of the rows; keeps the logits where `keep` is set. `visit(block, panel, logits)` is
-  // called on every hot block.
+  // Statistics of the rows; keeps the logits of the first `kept` blocks. `visit(block, panel,
+  // logits)` is called on every hot block.
   template <class Visit>
-  void forward(bool with_top, bool keep, const Visit& visit) {
-    begin_logits(keep);
+  void forward(bool with_top, int64_t kept, const Visit& visit) {
+    kept_blocks_ = kept;
+    logits_.grow(kept * panels_ * panel_size_);
     const int64_t state_size = kStateArrays * k_.panel;
     Real* states = states_.grow(chunks_ * panels_ * state_size);
     target_logit.assign(static_cast<size_t>(rows_->size()), -infinity());
-    for_each_block(keep, [&](int64_t block, int64_t p, Real* logits) {
+    for_each_block([&](int64_t block, int64_t p, Real* logits) {
       Real* state = states + ((block / kChunkBlocks) * panels_ + p) * state_size;
       if (block % kChunkBlocks == 0) clear_state(state);
       const Real* bias = bias_at(block);
@@ -101,37 +113,58 @@ class HeadPass {
     merge_states(states, state_size);
   }
 
-  // The same logits again, without statistics.
-  void recompute() {
-    begin_logits(true);
-    for_each_block(true, [&](int64_t block, int64_t p, Real* logits) {
-      k_.scale(logits, block_v(block), bias_at(block), scale(), vectors_of(p));
-    });
+  // --- the same logits again, block by block, without statistics
+
+  // Parts of a block of weights along the depth of the logits.
+  int64_t parts() const {
+    return ceil_div(logit_weight_.width, kBlockD);
+  }
+  void pack_part(int64_t block, int64_t part, Real* packed_weight) const {
+    k_.pack_weight(logit_weight_, block * kBlockV, part * kBlockD, part_size(block, part),
+                   packed_weight);
+  }
+  // Panels [first, last); their logits start at `logits`. With `pack` the part is packed first.
+  // Meanwhile the weights of the next part and the rows of the next panel are on their way.
+  void multiply_part(int64_t block, int64_t part, int64_t first, int64_t last, bool pack,
+                     Real* packed_weight, Real* logits) const {
+    const int64_t depth = logit_weight_.width, d = part * kBlockD;
+    const BlockSize size = part_size(block, part);
+    const int64_t tiles = ceil_div(size.v, k_.tile);
+    const bool last_part = part + 1 == parts();
+    const bool in_passing = pack && can_pack_in_passing(size, first);
+    if (pack && !in_passing) pack_part(block, part, packed_weight);
+    const auto slice = [&](int64_t p, int64_t from) {
+      return packed_.data() + (p * depth + from) * k_.panel;
+    };
+    Ahead ahead[kAhead];
+    ahead[1] =
+        weight_ahead(block + (last_part ? 1 : 0), last_part ? 0 : part + 1, tiles * (last - first));
+    for (int64_t p = first; p < last; ++p) {
+      const Real* next = p + 1 < last ? slice(p + 1, d) : slice(first, last_part ? 0 : d + kBlockD);
+      const int64_t bytes = size.d * k_.panel * static_cast<int64_t>(sizeof(Real));
+      ahead[0] = Ahead(next, bytes, bytes, 1, tiles);
+      Real* out = logits + (p - first) * panel_size_;
+      if (in_passing && p == first)
+        choose(&HeadKernels<Real>::logits_and_pack, &PairKernels::logits_and_pack)(
+            slice(p, d), logit_weight_, block * kBlockV, d, size, d > 0, ahead, packed_weight, out);
+      else
+        choose(&HeadKernels<Real>::logits, &PairKernels::logits)(slice(p, d), packed_weight, size,
+                                                                 d > 0, vectors_of(p), ahead, out);
+    }
   }
 
-  // Turns the kept logits into gradients; `first` is false for later blocks of the same call.
-  void backward(const std::vector<RowGradient<Real>>& gradients, const HeadGradients& out,
-                bool first) {
-    const std::vector<Real> lanes = lane_coefficients(gradients);
-    std::vector<int64_t> active_rows(rows_->hidden_row);
-    for (size_t i = 0; i < active_rows.size(); ++i)
-      if (!gradients[i].active) active_rows[i] = -1;
-    const bool add = out.accumulate || !first;
-    if (out.weight) pack_columns(active_rows);
-    parallel_for(blocks_, in_.num_threads, [&](int64_t block) {
-      for (int64_t p = 0; p < panels_; ++p) logit_gradient(block, p, lanes, gradients);
-      if (out.bias) bias_gradient(block, out, add);
-      if (pairs_) round_to_pairs(block);
-      if (out.weight) weight_gradient(block, out, add);
-    });
-    if (out.hidden) hidden_gradient(active_rows, static_cast<Real*>(out.hidden));
+  // Few enough rows to be multiplied without a copy of the weights.
+  bool few() const {
+    return rows_->size() <= std::min<int64_t>(kFewRows, k_.lanes);
   }
-
-  // What backward leaves behind when no row takes part.
-  static void clear(const HeadInputs& in, const HeadGradients& out) {
-    if (out.accumulate) return;
-    if (out.weight) std::fill_n(static_cast<Real*>(out.weight), in.v * in.d, Real(0));
-    if (out.bias) std::fill_n(static_cast<Real*>(out.bias), in.v, Real(0));
+  void multiply_few(int64_t block, Real* logits) const {
+    choose(&HeadKernels<Real>::few_logits, &PairKernels::few_logits)(
+        logit_weight_, block * kBlockV, block_v(block), few_rows_.data(), rows_->size(), logits);
+  }
+  // From sums of products to logits.
+  void finish_logits(int64_t block, int64_t p, Real* logits) const {
+    forbid(block, logits);
+    k_.scale(logits, block_v(block), bias_at(block), scale(), vectors_of(p));
   }
 
   const Real* kept_logits(int64_t block, int64_t panel) const {
@@ -155,15 +188,37 @@ class HeadPass {
   int64_t lanes_of(int64_t p) const {
     return std::min<int64_t>(k_.panel, rows_->size() - p * k_.panel);
   }
+  int64_t blocks() const {
+    return blocks_;
+  }
+  int64_t kept_blocks() const {
+    return kept_blocks_;
+  }
+  int64_t panel_size() const {
+    return panel_size_;
+  }
+  const RowBlock& rows() const {
+    return *rows_;
+  }
   const HeadKernels<Real>& kernels() const {
     return k_;
+  }
+  const PairKernels* pairs() const {
+    return pairs_;
+  }
+  // The kernel in force: that of pairs where they can be used.
+  template <class Single, class Pair>
+  auto choose(Single single, Pair pair) const {
+    if constexpr (sizeof(Real) == sizeof(float))
+      return pairs_ ? pairs_->*pair : k_.*single;
+    else
+      return k_.*single;
   }
 
   std::vector<SoftmaxState> state;  // of each row, after forward
   std::vector<Real> target_logit;
 
  private:
-  static constexpr bool kFloat = sizeof(Real) == sizeof(float);
   static Real infinity() {
     return std::numeric_limits<Real>::infinity();
   }
@@ -172,10 +227,6 @@ class HeadPass {
   }
   const Real* bias_at(int64_t block) const {
     return in_.bias ? static_cast<const Real*>(in_.bias) + block * kBlockV : nullptr;
-  }
-
-  void begin_logits(bool keep) {
-    if (keep) logits_.grow(blocks_ * panels_ * panel_size_);
   }
 
   void clear_state(Real* base) const {
@@ -189,7 +240,7 @@ class HeadPass {
 
   // Calls use(block, panel, logits) for every block; the blocks of a chunk come in order.
   template <class Use>
-  void for_each_block(bool keep, const Use& use) {
+  void for_each_block(const Use& use) {
     const int64_t group_panels = kGroupRows / k_.panel;
     const int64_t groups = ceil_div(panels_, group_panels);
     parallel_for(groups * chunks_, in_.num_threads, [&](int64_t item) {
@@ -198,8 +249,9 @@ class HeadPass {
       Real* scratch = thread_scratch<Real>(kPackedWeight + group_panels * panel_size_);
       const int64_t last_block = std::min(blocks_, (chunk + 1) * kChunkBlocks);
       for (int64_t block = chunk * kChunkBlocks; block < last_block; ++block) {
-        Real* logits = keep ? logits_.data() + (block * panels_ + first_panel) * panel_size_
-                            : scratch + kPackedWeight;
+        Real* logits = block < kept_blocks_
+                           ? logits_.data() + (block * panels_ + first_panel) * panel_size_
+                           : scratch + kPackedWeight;
         multiply_block(block, first_panel, last_panel, scratch, logits);
         for (int64_t p = first_panel; p < last_panel; ++p) {
           Real* own = logits + (p - first_panel) * panel_size_;
@@ -222,30 +274,55 @@ class HeadPass {
     return {matrix.data, matrix.stride / 2, matrix.width / 2, Dtype::kFloat32};
   }
 
-  void multiply_block(int64_t block, int64_t first_panel, int64_t last_panel, Real* packed_weight,
-                      Real* logits) {
-    const int64_t depth = logit_weight_.width;
-    const auto multiply = choose(&HeadKernels<Real>::logits, &PairKernels::logits);
-    // A block of weights serves many panels from L2. For one panel, a few rows are read through to
-    // their end instead: that is how memory is fastest, and they stay in L1.
-    const int64_t step = last_panel - first_panel > 1 ? kBlockV : k_.tile;
-    for (int64_t v = 0; v < block_v(block); v += step)
-      for (int64_t d = 0; d < depth; d += kBlockD) {
-        const BlockSize size{std::min(step, block_v(block) - v), std::min(kBlockD, depth - d)};
-        k_.pack_weight(logit_weight_, block * kBlockV + v, d, size, packed_weight);
-        for (int64_t p = first_panel; p < last_panel; ++p)
-          multiply(packed_.data() + (p * depth + d) * k_.panel, packed_weight, size, d > 0,
-                   vectors_of(p), logits + (p - first_panel) * panel_size_ + v * k_.panel);
-      }
+  bool can_pack_in_passing(BlockSize size, int64_t first_panel) const {
+    const Dtype real = sizeof(Real) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
+    return logit_weight_.dtype == real && size.v % k_.tile == 0 && size.d % k_.lanes == 0 &&
+           vectors_of(first_panel) == 2;
   }
 
-  // The kernel in force: that of pairs where they can be used.
-  template <class Single, class Pair>
-  auto choose(Single single, Pair pair) const {
-    if constexpr (kFloat)
-      return pairs_ ? pairs_->*pair : k_.*single;
-    else
-      return k_.*single;
+  Ahead weight_ahead(int64_t block, int64_t part, int64_t tiles) const {
+    if (block >= blocks_) return {};
+    const BlockSize size = part_size(block, part);
+    return ahead_of(logit_weight_, block * kBlockV, part * kBlockD, size, tiles);
+  }
+
+  BlockSize part_size(int64_t block, int64_t part) const {
+    return {block_v(block), std::min(kBlockD, logit_weight_.width - part * kBlockD)};
+  }
+
+  // Rows in order, [kFewRows, D], zero past the last one.
+  void copy_few_rows() {
+    const int64_t depth = logit_hidden_.width;
+    Real* rows = few_rows_.grow(kFewRows * depth);
+    std::fill_n(rows, kFewRows * depth, Real(0));
+    for (int64_t i = 0; i < rows_->size(); ++i)
+      for (int64_t d = 0; d < depth; ++d) rows[i * depth + d] = packed_.data()[d * k_.panel + i];
+  }
+
+  void multiply_block(int64_t block, int64_t first_panel, int64_t last_panel, Real* packed_weight,
+                      Real* logits) const {
+    if (few()) return multiply_few(block, logits);
+    if (last_panel - first_panel == 1)
+      return multiply_panel(block, first_panel, packed_weight, logits);
+    for (int64_t part = 0; part < parts(); ++part) {
+      multiply_part(block, part, first_panel, last_panel, true, packed_weight, logits);
+    }
+  }
+
+  // A block of weights serves many panels from L2. For one panel, a few rows are read through to
+  // their end instead: that is how memory is fastest, and they stay in L1.
+  void multiply_panel(int64_t block, int64_t p, Real* packed_weight, Real* logits) const {
+    const int64_t depth = logit_weight_.width;
+    Ahead nothing[kAhead];
+    for (int64_t v = 0; v < block_v(block); v += k_.tile)
+      for (int64_t d = 0; d < depth; d += kBlockD) {
+        const BlockSize size{std::min<int64_t>(k_.tile, block_v(block) - v),
+                             std::min(kBlockD, depth - d)};
+        k_.pack_weight(logit_weight_, block * kBlockV + v, d, size, packed_weight);
+        choose(&HeadKernels<Real>::logits, &PairKernels::logits)(
+            packed_.data() + (p * depth + d) * k_.panel, packed_weight, size, d > 0, vectors_of(p),
+            nothing, logits + v * k_.panel);
+      }
   }
 
   void forbid(int64_t block, Real* logits) const {
@@ -281,110 +358,6 @@ class HeadPass {
     });
   }
 
-  // Six arrays [P] per panel: max, 1 / sum, log_sum, linear, entropic, active.
-  std::vector<Real> lane_coefficients(const std::vector<RowGradient<Real>>& gradients) const {
-    std::vector<Real> lanes(static_cast<size_t>(panels_ * 6 * k_.panel), Real(0));
-    for (int64_t row = 0; row < rows_->size(); ++row) {
-      Real* lane = lanes.data() + row / k_.panel * 6 * k_.panel + row % k_.panel;
-      const RowGradient<Real>& g = gradients[row];
-      const double values[6] = {g.max,    std::exp(-g.log_sum), g.log_sum,
-                                g.linear, g.entropic,           g.active ? 1.0 : 0.0};
-      for (int i = 0; i < 6; ++i) lane[i * k_.panel] = static_cast<Real>(values[i]);
-    }
-    return lanes;
-  }
-
-  void logit_gradient(int64_t block, int64_t p, const std::vector<Real>& lanes,
-                      const std::vector<RowGradient<Real>>& gradients) {
-    const Real* base = lanes.data() + p * 6 * k_.panel;
-    const int64_t step = k_.panel;
-    GradientLanes<Real> coefficients{
-        base, base + step, base + 2 * step, base + 3 * step, base + 4 * step, base + 5 * step,
-        false};
-    for (int64_t lane = 0; lane < step; ++lane)
-      coefficients.with_entropy |= coefficients.entropic[lane] != Real(0);
-    Real* logits = logits_.data() + (block * panels_ + p) * panel_size_;
-    k_.gradient(logits, block_v(block), coefficients, vectors_of(p));
-    for (int64_t lane = 0; lane < lanes_of(p); ++lane) {
-      const int64_t row = p * k_.panel + lane, v = rows_->target[row] - block * kBlockV;
-      if (v >= 0 && v < kBlockV && gradients[row].active)
-        logits[v * k_.panel + lane] += static_cast<Real>(gradients[row].target);
-    }
-  }
-
-  // Numbers along the depth of a matrix product that one number of its operands holds.
-  int64_t depth_of_number() const {
-    return pairs_ ? 2 : 1;
-  }
-
-  void round_to_pairs(int64_t block) {
-    if constexpr (kFloat)
-      for (int64_t p = 0; p < panels_; ++p)
-        pairs_->pack_gradient(logits_.data() + (block * panels_ + p) * panel_size_, block_v(block));
-  }
-
-  void pack_columns(const std::vector<int64_t>& rows) {
-    const int64_t count = rows_->size(), parts = ceil_div(in_.d, k_.panel);
-    columns_size_ = ceil_div(count, depth_of_number()) * k_.panel;
-    Real* columns = columns_.grow(parts * columns_size_);
-    parallel_for(parts, in_.num_threads, [&](int64_t part) {
-      choose(&HeadKernels<Real>::pack_columns, &PairKernels::pack_columns)(
-          hidden_, rows.data(), count, part * k_.panel, columns + part * columns_size_);
-    });
-  }
-
-  void weight_gradient(int64_t block, const HeadGradients& out, bool add) {
-    for (int64_t part = 0; part * k_.panel < in_.d; ++part) {
-      const int64_t d = part * k_.panel;
-      Real* place = static_cast<Real*>(out.weight) + block * kBlockV * in_.d + d;
-      choose(&HeadKernels<Real>::weight_gradient, &PairKernels::weight_gradient)(
-          kept_logits(block, 0), columns_.data() + part * columns_size_, rows_->size(),
-          {place, in_.d, block_v(block), std::min<int64_t>(k_.panel, in_.d - d),
-           static_cast<Real>(out.alpha), add});
-    }
-  }
-
-  void bias_gradient(int64_t block, const HeadGradients& out, bool add) {
-    Real sums[kBlockV];
-    k_.bias_gradient(kept_logits(block, 0), block_v(block), rows_->size(), sums);
-    Real* place = static_cast<Real*>(out.bias) + block * kBlockV;
-    for (int64_t v = 0; v < block_v(block); ++v)
-      place[v] = (add ? place[v] : Real(0)) + static_cast<Real>(out.alpha) * sums[v];
-  }
-
-  void hidden_gradient(const std::vector<int64_t>& rows, Real* hidden) {
-    Real* gradient = hidden_gradient_.grow(panels_ * k_.panel * in_.d);
-    const int64_t parts = ceil_div(in_.d, kBlockD);
-    // How panels are grouped decides only how often the head is packed, not what is summed.
-    const int64_t wanted = ceil_div(panels_ * parts, in_.num_threads);
-    const int64_t group = std::clamp<int64_t>(wanted, 1, panels_);
-    const int64_t groups = ceil_div(panels_, group);
-    parallel_for(groups * parts, in_.num_threads, [&](int64_t item) {
-      const int64_t d = item % parts * kBlockD, first = item / parts * group;
-      const int64_t last = std::min(panels_, first + group);
-      Real* packed_weight = thread_scratch<Real>(kPackedWeight);
-      for (int64_t block = 0; block < blocks_; ++block) {
-        const BlockSize size{block_v(block), std::min(kBlockD, in_.d - d)};
-        choose(&HeadKernels<Real>::pack_weight, &PairKernels::pack_weight)(weight_, block * kBlockV,
-                                                                           d, size, packed_weight);
-        const BlockSize depths{ceil_div(size.v, depth_of_number()), size.d};
-        // Rounded gradients lie twice in their place, pairs of vocabulary rows in the second half.
-        const int64_t half = pairs_ ? panel_size_ / 2 : 0;
-        for (int64_t p = first; p < last; ++p)
-          choose(&HeadKernels<Real>::hidden_gradient, &PairKernels::hidden_gradient)(
-              kept_logits(block, p) + half, packed_weight, depths, block > 0, vectors_of(p),
-              gradient + (p * in_.d + d) * k_.panel);
-      }
-    });
-    // Rows may repeat: their gradients add up in the order of the selection.
-    parallel_for(parts, in_.num_threads, [&](int64_t part) {
-      const int64_t d = part * kBlockD;
-      for (int64_t p = 0; p < panels_; ++p)
-        k_.add_rows(gradient + (p * in_.d + d) * k_.panel, std::min(kBlockD, in_.d - d),
-                    rows.data() + p * k_.panel, lanes_of(p), in_.d, hidden + d);
-    });
-  }
-
   const HeadInputs& in_;
   const HeadKernels<Real>& k_;
   const PairKernels* pairs_;  // null: not in force, or not for these inputs
@@ -393,29 +366,11 @@ class HeadPass {
   int64_t panel_size_, blocks_, chunks_;
   const RowBlock* rows_ = nullptr;
   int64_t panels_ = 0;
-  Buffer<Real> packed_;   // [panels, D, P]
-  Buffer<Real> logits_;   // [blocks, panels, kBlockV, P], then their gradients
-  Buffer<Real> states_;   // [chunks, panels, kStateArrays, P]
-  Buffer<Real> columns_;  // [D / P, rows (or pairs of rows), P]
-  int64_t columns_size_ = 0;
-  Buffer<Real> hidden_gradient_;  // [panels, D, P]
+  int64_t kept_blocks_ = 0;
+  Buffer<Real> packed_;    // [panels, D, P]
+  Buffer<Real> few_rows_;  // [kFewRows, D]
+  Buffer<Real> logits_;    // [kept blocks, panels, kBlockV, P]
+  Buffer<Real> states_;    // [chunks, panels, kStateArrays, P]
 };
-
-// Where the caller wants a rounded gradient of the head: sums it in float32, then rounds it.
-template <class Run>
-void with_rounded_weight(const HeadInputs& in, const HeadGradients& out, const Run& run) {
-  if (!out.round || !out.weight) return run(out);
-  Buffer<float> sums(in.v * in.d);
-  HeadGradients wide = out;
-  wide.weight = sums.data();
-  wide.round = false;
-  run(wide);
-  const HeadKernels<float>& kernels = head_kernels<float>();
-  parallel_for(ceil_div(in.v, kBlockV), in.num_threads, [&](int64_t block) {
-    const int64_t first = block * kBlockV * in.d;
-    const int64_t count = std::min(kBlockV * in.d, in.v * in.d - first);
-    kernels.round(sums.data() + first, count, static_cast<uint16_t*>(out.weight) + first);
-  });
-}
 
 }  // namespace dlm_fast::cpu

@@ -121,9 +121,10 @@ struct HeadRowwise {
     weighted = V::fma(term, V::larger(V::set(kVanishing), shifted), weighted);
   }
 
-  static void gradient(Real* logits, int64_t v, const GradientLanes<Real>& lanes, int vectors) {
+  static void gradient(const Real* logits, int64_t v, const GradientLanes<Real>& lanes, int vectors,
+                       Real* out) {
     for (int j = 0; j < vectors; ++j) {
-      Real* column = logits + j * kLanes;
+      const Real* column = logits + j * kLanes;
       const V max = V::load(lanes.max + j * kLanes);
       const V inverse_sum = V::load(lanes.inverse_sum + j * kLanes);
       const V log_sum = V::load(lanes.log_sum + j * kLanes);
@@ -138,7 +139,7 @@ struct HeadRowwise {
           factor = V::fma(entropic, finite - log_sum, linear);
         }
         const V value = V::exp(shifted) * inverse_sum * factor;
-        V::select(idle, V::set(0), value).store(column + i * kPanel);
+        V::select(idle, V::set(0), value).store(out + i * kPanel + j * kLanes);
       }
     }
   }
@@ -217,6 +218,8 @@ HeadKernels<typename V::Real> make_head_kernels() {
   kernels.pack_columns = Gemm::pack_columns;
   kernels.pack_weight = Gemm::pack_weight;
   kernels.logits = Gemm::logits;
+  kernels.logits_and_pack = Gemm::logits_and_pack;
+  kernels.few_logits = Gemm::few_logits;
   kernels.scale = Rowwise::scale;
   kernels.accumulate = Rowwise::accumulate;
   kernels.accumulate_top = Rowwise::accumulate_top;

@@ -1,11 +1,12 @@
 // Log-probability, log-sum-exp and entropy of selected rows on the CPU, forward and backward.
 //
-// Forward 2NDV flop, backward 6NDV: the logits are computed again instead of being kept.
+// Forward 2NDV flop, backward 6NDV: the logits are computed again, block by block, instead of being
+// kept.
 #include "dlm_fast/token_logprob.h"
 
 #include <algorithm>
 
-#include "cpu/head_pass.h"
+#include "cpu/head_backward.h"
 
 namespace dlm_fast::cpu {
 
@@ -40,7 +41,7 @@ void forward(const HeadInputs& in, const TokenLogprobOutputs& out) {
   for (int64_t first = 0; first < total; first += step) {
     const RowBlock rows = slice(in, kept, first, step);
     pass.load(rows);
-    pass.forward(false, false, [](int64_t, int64_t, const Real*) {});
+    pass.forward(false, 0, [](int64_t, int64_t, const Real*) {});
     for (int64_t row = 0; row < rows.size(); ++row) {
       const SoftmaxSummary summary = summarise(pass.state[row]);
       const int64_t i = rows.output[row];
@@ -52,36 +53,49 @@ void forward(const HeadInputs& in, const TokenLogprobOutputs& out) {
   }
 }
 
+// A cotangent that is not given is zero.
+template <typename Real>
+double at(const void* data, int64_t i) {
+  return data ? static_cast<double>(static_cast<const Real*>(data)[i]) : 0.0;
+}
+
+template <typename Real>
+std::vector<RowGradient<Real>> row_gradients(const RowBlock& rows, const TokenLogprobOutputs& fwd,
+                                             const TokenLogprobCotangents& cotangents,
+                                             double temperature) {
+  std::vector<RowGradient<Real>> gradients;
+  for (const int64_t i : rows.output) {
+    const double a = at<Real>(cotangents.logprob, i), b = at<Real>(cotangents.lse, i);
+    const double e = at<Real>(cotangents.entropy, i), entropy = at<Real>(fwd.entropy, i);
+    gradients.push_back({at<Real>(fwd.row_max, i), at<Real>(fwd.log_sum, i),
+                         (b - a - e * entropy) / temperature, -e / temperature, a / temperature,
+                         true});
+  }
+  return gradients;
+}
+
 template <typename Real>
 void backward(const HeadInputs& in, const TokenLogprobOutputs& fwd,
               const TokenLogprobCotangents& cotangents, const HeadGradients& out) {
-  const auto at = [](const void* data, int64_t i) {
-    return data ? static_cast<double>(static_cast<const Real*>(data)[i]) : 0.0;
-  };
   // A row without a cotangent is not read: zero times NaN would poison the head's gradient.
   std::vector<int64_t> kept;
   for (int64_t i = 0; i < in.n; ++i)
-    if (in.targets[i] != kIgnored && (at(cotangents.logprob, i) != 0 ||
-                                      at(cotangents.lse, i) != 0 || at(cotangents.entropy, i) != 0))
+    if (in.targets[i] != kIgnored &&
+        (at<Real>(cotangents.logprob, i) != 0 || at<Real>(cotangents.lse, i) != 0 ||
+         at<Real>(cotangents.entropy, i) != 0))
       kept.push_back(i);
-  if (kept.empty()) return HeadPass<Real>::clear(in, out);
+  if (kept.empty()) return clear_gradients(in, out);
 
-  HeadPass<Real> pass(in);
-  const int64_t step = pass.rows_with_logits(), total = static_cast<int64_t>(kept.size());
-  for (int64_t first = 0; first < total; first += step) {
-    const RowBlock rows = slice(in, kept, first, step);
-    std::vector<RowGradient<Real>> gradients;
-    for (const int64_t i : rows.output) {
-      const double a = at(cotangents.logprob, i), b = at(cotangents.lse, i);
-      const double e = at(cotangents.entropy, i), entropy = at(fwd.entropy, i);
-      gradients.push_back({at(fwd.row_max, i), at(fwd.log_sum, i),
-                           (b - a - e * entropy) / in.temperature, -e / in.temperature,
-                           a / in.temperature, true});
+  const int64_t total = static_cast<int64_t>(kept.size());
+  with_rounded_weight(in, out, total <= kRowsWithGradient, [&](const HeadGradients& sums) {
+    HeadPass<Real> pass(in);
+    HeadBackward<Real> step(in, sums);
+    for (int64_t first = 0; first < total; first += kRowsWithGradient) {
+      const RowBlock rows = slice(in, kept, first, kRowsWithGradient);
+      pass.load(rows);
+      step.run(pass, row_gradients<Real>(rows, fwd, cotangents, in.temperature), first == 0);
     }
-    pass.load(rows);
-    pass.recompute();
-    pass.backward(gradients, out, first == 0);
-  }
+  });
 }
 
 }  // namespace
@@ -100,9 +114,7 @@ void token_logprob_bwd(const HeadInputs& inputs, const TokenLogprobOutputs& forw
   if (inputs.dtype == Dtype::kFloat64)
     backward<double>(inputs, forward, cotangents, gradients);
   else
-    with_rounded_weight(inputs, gradients, [&](const HeadGradients& wide) {
-      backward<float>(inputs, forward, cotangents, wide);
-    });
+    backward<float>(inputs, forward, cotangents, gradients);
 }
 
 }  // namespace dlm_fast::cpu

@@ -38,9 +38,10 @@ class StatsStep {
       pass_.load(rows);
       if (draw_.temperature > 0 && !filtered) begin_sampling(rows);
       const bool sampling = draw_.temperature > 0 && !filtered;
-      pass_.forward(true, filtered, [&](int64_t block, int64_t p, const Real* logits) {
-        if (sampling) sample(block, p, logits);
-      });
+      pass_.forward(true, filtered ? pass_.blocks() : 0,
+                    [&](int64_t block, int64_t p, const Real* logits) {
+                      if (sampling) sample(block, p, logits);
+                    });
       std::vector<Choice<Real>> choices(static_cast<size_t>(rows.size()));
       parallel_for(rows.size(), in_.num_threads, [&](int64_t row) {
         choices[row] = filtered   ? filtered_choice(rows, row)

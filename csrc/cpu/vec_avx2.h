@@ -15,7 +15,6 @@ struct Vec {
   static constexpr int kLanes = 8;
   // 6 x 2 accumulators, two operands and one broadcast fill the sixteen registers.
   static constexpr int kTile = 6;
-  static constexpr int kDepth = 1;
   __m256 x;
 
   static Vec load(const float* p) {

@@ -15,7 +15,6 @@ struct Vec {
   static constexpr int kLanes = 16;
   // 14 x 2 accumulators, two operands and one broadcast fill 31 of the 32 registers.
   static constexpr int kTile = 14;
-  static constexpr int kDepth = 1;
   __m512 x;
 
   static Vec load(const float* p) {

@@ -43,7 +43,6 @@ struct Vec {
   using Real = R;
   static constexpr int kLanes = kWidth;
   static constexpr int kTile = 4;  // vocabulary rows of a register tile
-  static constexpr int kDepth = 1;
   struct Mask {
     bool on[kWidth];
   };

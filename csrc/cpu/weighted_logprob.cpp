@@ -1,12 +1,13 @@
 // Weighted sum of target log-probabilities with its gradients on the CPU.
 //
-// 6NDV flop: the logits of a block of rows are kept until their sum is known, so that they are
-// computed once. The gradient of the head is read and written once per block of rows.
+// 6NDV flop: the logits of a block of rows are kept until their sums are known, so that they are
+// computed once; where they do not fit, those of the last part of the vocabulary are computed
+// again. The gradient of the head is read and written once per block of rows.
 #include "dlm_fast/weighted_logprob.h"
 
 #include <algorithm>
 
-#include "cpu/head_pass.h"
+#include "cpu/head_backward.h"
 
 namespace dlm_fast::cpu {
 
@@ -15,49 +16,56 @@ namespace {
 template <typename Real>
 class WeightedStep {
  public:
-  WeightedStep(const HeadInputs& inputs, const void* row_weight, void* logprob,
-               const HeadGradients& gradients)
+  WeightedStep(const HeadInputs& inputs, const void* row_weight, void* logprob)
       : in_(inputs),
         row_weight_(static_cast<const Real*>(row_weight)),
         logprob_(static_cast<Real*>(logprob)),
-        out_(gradients),
-        pass_(inputs) {}
-
-  double run() {
+        pass_(inputs) {
     std::fill_n(logprob_, in_.n, Real(0));
-    const bool with_gradient = out_.hidden || out_.weight || out_.bias;
-    const int64_t step = with_gradient ? pass_.rows_with_logits() : pass_.kRowsWithoutLogits;
-    int64_t next = 0;
-    bool first = true;
+    for (int64_t i = 0; i < in_.n; ++i)
+      if (in_.targets[i] != kIgnored) kept_.push_back(i);
+  }
+
+  double run(const HeadGradients& out) {
+    const int64_t total = static_cast<int64_t>(kept_.size());
+    if (total == 0) clear_gradients(in_, out);
     double objective = 0;
-    while (next < in_.n) {
-      const RowBlock rows = take(next, step);
-      if (rows.size() == 0) break;
-      pass_.load(rows);
-      pass_.forward(false, with_gradient, [](int64_t, int64_t, const Real*) {});
-      objective += finish(rows, with_gradient, first);
-      first = false;
+    if (!out.hidden && !out.weight && !out.bias) {
+      for (int64_t first = 0; first < total; first += pass_.kRowsWithoutLogits)
+        objective += forward(rows_at(first, pass_.kRowsWithoutLogits), 0);
+      return objective;
     }
-    if (first) HeadPass<Real>::clear(in_, out_);
+    const int64_t step = rows_of_sweep(pass_, out, total);
+    with_rounded_weight(in_, out, total <= step, [&](const HeadGradients& sums) {
+      HeadBackward<Real> backward(in_, sums);
+      for (int64_t first = 0; first < total; first += step) {
+        const RowBlock rows = rows_at(first, step);
+        objective += forward(rows, pass_.blocks_to_keep(rows.size()));
+        backward.run(pass_, gradients_, first == 0);
+      }
+    });
     return objective;
   }
 
  private:
-  // The next rows whose target is not ignored.
-  RowBlock take(int64_t& next, int64_t count) const {
+  // Rows [first, first + count) of those whose target is not ignored.
+  RowBlock rows_at(int64_t first, int64_t count) const {
     RowBlock rows;
-    for (; next < in_.n && rows.size() < count; ++next) {
-      if (in_.targets[next] == kIgnored) continue;
-      rows.output.push_back(next);
-      rows.hidden_row.push_back(in_.rows ? in_.rows[next] : next);
-      rows.target.push_back(in_.targets[next]);
+    const int64_t end = std::min<int64_t>(first + count, static_cast<int64_t>(kept_.size()));
+    for (int64_t i = first; i < end; ++i) {
+      rows.output.push_back(kept_[i]);
+      rows.hidden_row.push_back(in_.rows ? in_.rows[kept_[i]] : kept_[i]);
+      rows.target.push_back(in_.targets[kept_[i]]);
     }
     return rows;
   }
 
-  double finish(const RowBlock& rows, bool with_gradient, bool first) {
+  // Log-probabilities, their part of the objective, and what the gradient needs.
+  double forward(const RowBlock& rows, int64_t kept_blocks) {
+    pass_.load(rows);
+    pass_.forward(false, kept_blocks, [](int64_t, int64_t, const Real*) {});
     double objective = 0;
-    std::vector<RowGradient<Real>> gradients;
+    gradients_.clear();
     for (int64_t row = 0; row < rows.size(); ++row) {
       const SoftmaxState& state = pass_.state[row];
       const double log_sum = std::log(state.sum);
@@ -67,25 +75,25 @@ class WeightedStep {
       if (weight != 0) objective += weight * logprob;
       const double cotangent = weight / in_.temperature;
       // Rounded as where it is stored between two passes: both ways give the same bits.
-      gradients.push_back(
+      gradients_.push_back(
           {state.max, static_cast<Real>(log_sum), -cotangent, 0.0, cotangent, weight != 0});
     }
-    if (with_gradient) pass_.backward(gradients, out_, first);
     return objective;
   }
 
   const HeadInputs& in_;
   const Real* row_weight_;
   Real* logprob_;
-  const HeadGradients& out_;
   HeadPass<Real> pass_;
+  std::vector<int64_t> kept_;  // outputs whose target is not ignored
+  std::vector<RowGradient<Real>> gradients_;
 };
 
 template <typename Real>
 void run(const HeadInputs& inputs, const void* row_weight, void* objective, void* logprob,
          const HeadGradients& gradients) {
-  WeightedStep<Real> step(inputs, row_weight, logprob, gradients);
-  *static_cast<Real*>(objective) = static_cast<Real>(step.run());
+  WeightedStep<Real> step(inputs, row_weight, logprob);
+  *static_cast<Real*>(objective) = static_cast<Real>(step.run(gradients));
 }
 
 }  // namespace
@@ -96,9 +104,7 @@ void weighted_logprob(const HeadInputs& inputs, const void* row_weight, void* ob
   if (inputs.dtype == Dtype::kFloat64)
     run<double>(inputs, row_weight, objective, logprob, gradients);
   else
-    with_rounded_weight(inputs, gradients, [&](const HeadGradients& wide) {
-      run<float>(inputs, row_weight, objective, logprob, wide);
-    });
+    run<float>(inputs, row_weight, objective, logprob, gradients);
 }
 
 }  // namespace dlm_fast::cpu
