@@ -1,8 +1,14 @@
-// Bindings of the Monte-Carlo masks.
+// Bindings of the Monte-Carlo masks: the CPU backend and the launch plan.
 #include "dlm_fast/mask_tokens.h"
 
+#include <pybind11/stl.h>
+
+#include <array>
+
 #include "bindings.h"
+#include "cuda/mask_tokens_plan.h"
 #include "dlm_fast/check.h"
+#include "launch.h"
 
 namespace py = pybind11;
 
@@ -48,6 +54,27 @@ void bind_mask_tokens(py::module_& m) {
                    pointer<const bool>(maskable), pointer<const int32_t>(counts),
                    pointer<int64_t>(noisy_ids), pointer<int32_t>(rows), pointer<int64_t>(targets),
                    threads);
+  });
+  // inputs: keys, start, first_row, token_ids, maskable; outputs: noisy_ids, rows, targets
+  m.def("plan_mask_fill", [](int64_t sequences, int64_t num_samples, int64_t first, int64_t count,
+                             int64_t draw, bool paired, int64_t mask_id,
+                             std::array<uintptr_t, 5> inputs, std::array<uintptr_t, 3> outputs) {
+    const cpu::MaskShape shape = mask_shape(sequences, num_samples, first, count, draw, paired);
+    cuda::MaskFillParams params{};
+    params.copies = static_cast<int>(shape.count);
+    params.first = static_cast<unsigned>(shape.first);
+    params.draw = shape.draw;
+    params.paired = shape.paired;
+    params.mask_id = mask_id;
+    params.keys = pointer<const device::Index>(inputs[0]);
+    params.start = pointer<const device::Index>(inputs[1]);
+    params.first_row = pointer<const device::Index>(inputs[2]);
+    params.token_ids = pointer<const device::Index>(inputs[3]);
+    params.maskable = pointer<const bool>(inputs[4]);
+    params.noisy_ids = pointer<device::Index>(outputs[0]);
+    params.rows = pointer<int>(outputs[1]);
+    params.targets = pointer<device::Index>(outputs[2]);
+    return to_python(cuda::plan_mask_fill(params, shape.sequences));
   });
 }
 

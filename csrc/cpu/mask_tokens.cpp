@@ -7,16 +7,12 @@
 #include <cmath>
 #include <vector>
 
+#include "common/mask_numbers.h"
 #include "common/parallel_for.h"
-#include "common/philox.h"
 #include "dlm_fast/check.h"
 
 namespace dlm_fast::cpu {
 namespace {
-
-// First counter: what a number decides. The second is the rank of the token among the maskable
-// ones, two ranks to a block; the third the sample (the pair where samples come in pairs).
-enum Purpose : PhiloxWord { kTokenKey = 0, kSampleNumber = 1, kSequenceOffset = 2 };
 
 struct Stream {
   PhiloxKey key;
@@ -33,8 +29,8 @@ struct Stream {
   template <typename Use>
   void token_keys(int64_t sample, int64_t num_maskable, const Use& use) const {
     for (int64_t rank = 0; rank < num_maskable; rank += 2) {
-      const PhiloxBlock block = philox4x32(kTokenKey, static_cast<PhiloxWord>(rank >> 1),
-                                           static_cast<PhiloxWord>(sample), draw, key);
+      const PhiloxBlock block = token_key_block(static_cast<PhiloxWord>(rank >> 1),
+                                                static_cast<PhiloxWord>(sample), draw, key);
       use(rank, wide_from_block(block, 0));
       if (rank + 1 < num_maskable) use(rank + 1, wide_from_block(block, 1));
     }

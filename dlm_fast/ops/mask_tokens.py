@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dlm_fast.ops._common import addresses, check_dtype, extension, num_threads, refuse_cuda
+from dlm_fast.ops._common import addresses, check_dtype, extension, num_threads
+from dlm_fast.ops._device import check_device
+from dlm_fast.ops._executor import executor_of
 from dlm_fast.ops.mask_samplers import (
     MIN_T,
     PAIRED,
@@ -60,6 +62,10 @@ def mask_tokens(
     the number of maskable tokens and on its own index only: splitting the samples or the batch, and
     padding, change nothing.
 
+    Ids, rows and targets stay on the device of ``token_ids``; how many tokens each copy masks is
+    decided on the CPU, so that the caller knows the sizes. On a CUDA device this takes one wait,
+    for the numbers of maskable tokens and for the keys if they lie there; no other value is read.
+
     Args:
         token_ids: int64 [R, S], or flat [T] with ``lengths``.
         maskable: bool of the same shape; prompt and padding are False.
@@ -68,17 +74,19 @@ def mask_tokens(
         num_samples: n; even for the coupled samplers, whose samples 2p and 2p+1 are complements.
         first: first sample to make.
         count: number of samples to make; default: all from ``first`` on.
-        rng: one key per sequence, without position and step; ``draw`` names repeats.
+        rng: one key per sequence, on the CPU or with the tokens, without position and step;
+            ``draw`` names repeats.
         lengths: tokens of each sequence of a flat batch.
     """
     start, count = _check(
         token_ids, maskable, mask_id, sampler, num_samples, first, count, rng, lengths
     )
+    keys, num_maskable = _known_on_host(token_ids, maskable, mask_id, start, rng)
     token_ids, maskable = token_ids.reshape(-1), maskable.reshape(-1)
     samples = [num_samples, first, count, rng.draw]
     counts, weights = _mask_counts(
-        rng.keys,
-        _num_maskable(maskable, start),
+        keys,
+        num_maskable,
         SAMPLERS.index(sampler),
         samples,
         _quadrature(sampler, num_samples),
@@ -113,13 +121,13 @@ def mask_tokens_ref(
     start, count = _check(
         token_ids, maskable, mask_id, sampler, num_samples, first, count, rng, lengths
     )
-    token_ids, maskable = token_ids.reshape(-1), maskable.reshape(-1)
-    num_maskable = _num_maskable(maskable, start).tolist()
+    keys, known = _known_on_host(token_ids, maskable, mask_id, start, rng)
+    token_ids, maskable, num_maskable = token_ids.reshape(-1), maskable.reshape(-1), known.tolist()
     counts, weights = mask_counts_ref(
-        sampler, num_samples, first, count, rng.keys, rng.draw, num_maskable
+        sampler, num_samples, first, count, keys, rng.draw, num_maskable
     )
     noisy, rows, targets, packed = [], [], [], 0
-    for r, key in enumerate(rng.keys.tolist()):
+    for r, key in enumerate(keys.tolist()):
         ids_S = token_ids[start[r] : start[r + 1]]
         open_L = maskable[start[r] : start[r + 1]].nonzero()[:, 0]
         for j in range(count):
@@ -174,7 +182,7 @@ def _(
     return torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("dlm_fast::mask_fill", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dlm_fast::mask_fill", mutates_args=(), device_types=("cpu", "cuda"))
 def _mask_fill(
     token_ids: Tensor,
     maskable: Tensor,
@@ -186,24 +194,27 @@ def _mask_fill(
     samples: list[int],
     num_masked: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_samples, first, count, draw = samples
-    noisy_ids = torch.empty(token_ids.numel() * count, dtype=torch.int64)
-    rows = torch.empty(num_masked, dtype=torch.int32)
-    targets = torch.empty(num_masked, dtype=torch.int64)
-    inputs = [t.contiguous() for t in (keys, start, token_ids, maskable, counts)]
-    extension().mask_fill_cpu(
-        keys.numel(),
-        num_samples,
-        first,
-        count,
-        draw,
-        paired,
-        mask_id,
-        num_masked,
-        *addresses(*inputs, noisy_ids, rows, targets),
-        num_threads(),
-    )
-    return noisy_ids, rows, targets
+    count, device = samples[2], token_ids.device
+    noisy_ids = torch.empty(token_ids.numel() * count, dtype=torch.int64, device=device)
+    rows = torch.empty(num_masked, dtype=torch.int32, device=device)
+    targets = torch.empty(num_masked, dtype=torch.int64, device=device)
+    tokens = (token_ids.contiguous(), maskable.contiguous())
+    outputs, shape = (noisy_ids, rows, targets), (keys.numel(), *samples, paired, mask_id)
+    executor = executor_of(device)
+    if executor is None:
+        on_cpu = (keys.contiguous(), start.contiguous(), *tokens, counts.contiguous())
+        inputs = addresses(*on_cpu)
+        extension().mask_fill_cpu(*shape, num_masked, *inputs, *addresses(*outputs), num_threads())
+        return outputs
+    first_row = torch.nn.functional.pad(counts.reshape(-1).cumsum(0), (1, 0))
+    if first_row[-1] != num_masked:
+        raise ValueError("mask_tokens: num_masked must be the sum of counts")
+    if keys.numel():
+        moved = [t.to(device).contiguous() for t in (keys, start, first_row)]
+        inputs = addresses(*moved, *tokens)
+        plan = extension().plan_mask_fill(*shape, inputs, addresses(*outputs))
+        executor.launch(plan, device)
+    return outputs
 
 
 @_mask_fill.register_fake
@@ -225,10 +236,24 @@ def _(
     )
 
 
-def _num_maskable(maskable: Tensor, start: Tensor) -> Tensor:
-    """int64 [R]"""
-    before = torch.nn.functional.pad(maskable.cumsum(0), (1, 0))
-    return before[start[1:]] - before[start[:-1]]
+def _known_on_host(
+    token_ids: Tensor, maskable: Tensor, mask_id: int, start: Tensor, rng: Rng
+) -> tuple[Tensor, Tensor]:
+    """Keys and numbers of maskable tokens, int64 [R]: the one place that waits for a device."""
+    device, sequences = token_ids.device, len(rng)
+    before = torch.nn.functional.pad(maskable.reshape(-1).cumsum(0), (1, 0))
+    bounds = before[start.to(device)]
+    masked_already = (token_ids == mask_id) & maskable
+    facts = [bounds[1:] - bounds[:-1], masked_already.any()[None].to(torch.int64)]
+    known = torch.cat([*facts, rng.keys.to(device)]).cpu()
+    num_maskable, any_masked_already, keys = known.split([sequences, 1, sequences])
+    if any_masked_already:
+        place = masked_already.nonzero()[0].tolist()
+        raise ValueError(
+            f"mask_tokens: token_ids{place} is mask_id={mask_id} and maskable, but a token that is "
+            "masked already has no target; make it not maskable"
+        )
+    return keys, num_maskable
 
 
 def _quadrature(sampler: str, num_samples: int) -> Tensor:
@@ -280,18 +305,13 @@ def _check(
             "mask_tokens: rng must not carry position or step, which the masks count themselves; "
             "use rng.draw or another seed for fresh masks"
         )
-    refuse_cuda("mask_tokens", token_ids, maskable, rng.keys)
+    check_device("mask_tokens", token_ids=token_ids, maskable=maskable)
+    if not rng.keys.is_cpu:
+        check_device("mask_tokens", token_ids=token_ids, rng=rng.keys)
     if token_ids.numel() * count >= 2**31:
         raise ValueError(
             f"mask_tokens: {token_ids.numel()} tokens in {count} copies exceed the 2^31-1 rows "
             "of an int32 index; make fewer samples per call"
-        )
-    masked_already = (token_ids == mask_id) & maskable
-    if masked_already.any():
-        place = masked_already.nonzero()[0].tolist()
-        raise ValueError(
-            f"mask_tokens: token_ids{place} is mask_id={mask_id} and maskable, but a token that is "
-            "masked already has no target; make it not maskable"
         )
     return start, count
 

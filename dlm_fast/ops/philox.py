@@ -102,12 +102,21 @@ class Rng:
                     f"Rng: {name} must have the shape {list(self.keys.shape)} of keys, "
                     f"got {list(counter.shape)}"
                 )
+            if counter.device != self.keys.device:
+                raise ValueError(
+                    f"Rng: {name} lies on {counter.device} but keys on {self.keys.device}; "
+                    "move both to one device"
+                )
         if not 0 <= self.draw <= _MASK32:
             raise ValueError(f"Rng: draw must lie in 0..2^32-1, got {self.draw}")
 
     @staticmethod
     def of(seed: int, stream: Stream, sequence_ids: Tensor | Sequence[int]) -> Rng:
-        """One row per sequence: ``keys = mix64(seed, stream, id)``."""
+        """One row per sequence: ``keys = mix64(seed, stream, id)``, on the device of the ids.
+
+        Keys are made on the CPU: ids on another device are waited for. In a loop, make the keys
+        once and ``take`` rows of them.
+        """
         prefix = (seed, int(Stream(stream)))
         if isinstance(sequence_ids, Tensor):
             check_dtype("Rng.of", "sequence_ids", sequence_ids, torch.int64, torch.int32)
@@ -144,7 +153,8 @@ class Rng:
         return torch.full_like(self.keys, value, dtype=torch.int32)
 
     def take(self, index: Tensor | Sequence[int]) -> Rng:
-        """Some of the rows, in the order of ``index`` (integers or a boolean mask)."""
+        """Some of the rows, in the order of ``index`` (integers or a boolean mask, whose number of
+        rows is waited for on a CUDA device)."""
         index = torch.as_tensor(index, device=self.keys.device)
         if index.numel() == 0 and index.dtype != torch.bool:
             index = index.to(torch.int64)

@@ -30,7 +30,9 @@ import math
 import torch
 from torch import Tensor
 
-from dlm_fast.ops._common import addresses, check_dtype, extension, num_threads, refuse_cuda
+from dlm_fast.ops._common import addresses, check_dtype, extension, num_threads
+from dlm_fast.ops._device import check_device
+from dlm_fast.ops._executor import executor_of
 from dlm_fast.ops.philox import Rng, philox_words_ref
 
 # A rule's place is its number in C++.
@@ -61,6 +63,9 @@ def unmask_select(
 ) -> Tensor:
     """bool [R, L], True where the rule reveals a position; see the module's text.
 
+    All tensors lie on one device. On a CUDA device nothing waits for it, so values of tensors are
+    not checked there: a quota below 1 counts as 1, a bound that is NaN lets nothing through.
+
     Args:
         score: float [R, L], the larger the surer.
         selectable: bool [R, L], masked positions of the current block.
@@ -72,6 +77,7 @@ def unmask_select(
             the start of the block when the columns are those of a block.
     """
     _check(score, selectable, rule, uncertainty, rng)
+    _check_devices(score, selectable, rule, quota, bound, uncertainty, rng)
     dtype = torch.float64 if score.dtype == torch.float64 else torch.float32
     quota_R = _quota_of_rows(quota, selectable, rule) if rule in QUOTA_RULES else None
     bound_R = _bound_of_rows(bound, score, rule, dtype) if rule in BOUND_RULES else None
@@ -104,6 +110,7 @@ def unmask_select_ref(
 ) -> Tensor:
     """The definition. Every backend must match it."""
     _check(score, selectable, rule, uncertainty, rng)
+    _check_devices(score, selectable, rule, quota, bound, uncertainty, rng)
     dtype = torch.float64 if score.dtype == torch.float64 else torch.float32
     score_RL = score.to(dtype)
     usable_RL = selectable & ~score_RL.isnan()
@@ -161,7 +168,7 @@ def _cut(
     return torch.minimum(prefix_R.clamp(min=1), usable_R)
 
 
-@torch.library.custom_op("dlm_fast::unmask_select", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dlm_fast::unmask_select", mutates_args=(), device_types=("cpu", "cuda"))
 def _unmask_select(
     score: Tensor,
     selectable: Tensor,
@@ -178,12 +185,20 @@ def _unmask_select(
         None if t is None else t.contiguous()
         for t in (score, selectable, quota, bound, uncertainty, keys, position, step)
     ]
-    selected = torch.empty(selectable.shape, dtype=torch.bool)
-    kernel = extension()
-    call = (
-        kernel.unmask_select_f64_cpu if score.dtype == torch.float64 else kernel.unmask_select_cpu
-    )
-    call(*score.shape, rule, draw, *addresses(*inputs, selected), num_threads())
+    selected = torch.empty(selectable.shape, dtype=torch.bool, device=selectable.device)
+    kernel, wide = extension(), score.dtype == torch.float64
+    executor = executor_of(score.device)
+    if executor is None:
+        call = kernel.unmask_select_f64_cpu if wide else kernel.unmask_select_cpu
+        call(*score.shape, rule, draw, *addresses(*inputs, selected), num_threads())
+    elif selected.numel():
+        order = None
+        if score.shape[1] > kernel.unmask_select_capacity(score.shape[1], wide):
+            order = torch.empty(score.shape, dtype=torch.int32, device=score.device)
+        plan = kernel.plan_unmask_select(
+            *score.shape, rule, draw, wide, addresses(*inputs), addresses(order, selected)
+        )
+        executor.launch(plan, score.device)
     return selected
 
 
@@ -238,7 +253,28 @@ def _check(
             raise ValueError(
                 f"unmask_select: rng must have {score.shape[0]} rows as score, got {len(rng)}"
             )
-    refuse_cuda("unmask_select", score, selectable, uncertainty)
+
+
+def _check_devices(
+    score: Tensor,
+    selectable: Tensor,
+    rule: str,
+    quota: int | Tensor | None,
+    bound: float | Tensor | None,
+    uncertainty: Tensor | None,
+    rng: Rng | None,
+) -> None:
+    """What the rule uses lies on one device."""
+    used: dict[str, Tensor | None] = {"score": score, "selectable": selectable}
+    if rule in QUOTA_RULES and isinstance(quota, Tensor):
+        used["quota"] = quota
+    if rule in BOUND_RULES and isinstance(bound, Tensor):
+        used["bound"] = bound
+    if rule in UNCERTAINTY_RULES:
+        used["uncertainty"] = uncertainty
+    if rule == "random" and rng is not None:
+        used["rng"] = rng.keys
+    check_device("unmask_select", **used)
 
 
 def _quota_of_rows(quota: int | Tensor | None, selectable: Tensor, rule: str) -> Tensor:

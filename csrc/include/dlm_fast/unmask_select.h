@@ -3,19 +3,9 @@
 
 #include <cstdint>
 
-namespace dlm_fast::cpu {
+#include "common/unmask_rule.h"
 
-// The numbers are those of RULES in dlm_fast/ops/unmask_select.py.
-enum class UnmaskRule : int {
-  kTopK = 0,
-  kDynamic = 1,
-  kThreshold = 2,
-  kFactor = 3,
-  kEntropySum = 4,
-  kEb = 5,
-  kRandom = 6,
-  kSequential = 7
-};
+namespace dlm_fast::cpu {
 
 struct UnmaskShape {
   int64_t rows;
