@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from device_runs import Run, on_emulator
 
 from dlm_fast.ops._executor import Emulated, emulated
 
@@ -18,6 +19,12 @@ def executor(request: pytest.FixtureRequest) -> Iterator[Emulated]:
     """Inside the test, ops on CPU tensors take the CUDA path."""
     with emulated(request.param, seed=7) as made:
         yield made
+
+
+@pytest.fixture(params=Emulated.ORDERS)
+def run(request: pytest.FixtureRequest) -> Run:
+    """``run(op, ...)`` takes the CUDA path; outside of it ops take the CPU's."""
+    return on_emulator(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from mask_problems import MASK, assert_same, calls, random_batch, rng_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlm_fast import _C
-from dlm_fast.ops import Rng, Stream, mask_tokens, mask_tokens_ref
+from dlm_fast.ops import Rng, _executor, mask_tokens, mask_tokens_ref
 from dlm_fast.ops.mask_samplers import MIN_T, PAIRED, SAMPLERS
 from dlm_fast.ops.mask_tokens import _mask_counts, _mask_fill
-
-MASK = 99
 
 
 def copies_of(masked, sizes):
@@ -27,43 +25,13 @@ def copies_of(masked, sizes):
     return copies
 
 
-def random_batch(rows, size, seed=0, maskable=0.7):
-    generator = torch.Generator().manual_seed(seed)
-    token_ids = torch.randint(0, MASK, (rows, size), generator=generator)
-    return token_ids, torch.rand(rows, size, generator=generator) < maskable
-
-
-def rng_of(rows, seed=0):
-    return Rng.of(seed, Stream.MASK, list(range(rows)))
-
-
-@st.composite
-def calls(draw):
-    sampler = draw(st.sampled_from(SAMPLERS))
-    pairs = draw(st.integers(1, 4))
-    num_samples = 2 * pairs if sampler in PAIRED else draw(st.integers(1, 7))
-    first = draw(st.integers(0, num_samples - 1))
-    count = draw(st.integers(1, num_samples - first))
-    seed = draw(st.integers(0, 2**40))
-    lengths = draw(st.lists(st.integers(0, 12), max_size=4))
-    total = sum(lengths)
-    generator = torch.Generator().manual_seed(seed)
-    token_ids = torch.randint(0, MASK, (total,), generator=generator)
-    share = draw(st.sampled_from([0.0, 0.5, 1.0]))
-    maskable = torch.rand(total, generator=generator) < share
-    rng = rng_of(len(lengths), seed).at(draw=draw(st.integers(0, 2**32 - 1)))
-    options = {"sampler": sampler, "num_samples": num_samples, "first": first, "count": count}
-    return token_ids, maskable, options | {"rng": rng, "lengths": lengths}
-
-
 @settings(max_examples=120, deadline=None)
 @given(calls())
 def test_equals_the_definition_bit_for_bit(call):
     token_ids, maskable, options = call
     ours = mask_tokens(token_ids, maskable, MASK, **options)
     reference = mask_tokens_ref(token_ids, maskable, MASK, **options)
-    for name, a, b in zip(ours._fields, ours, reference, strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b), name
+    assert_same(ours, reference)
 
 
 @settings(max_examples=80, deadline=None)
@@ -290,9 +258,34 @@ def test_bad_input():
         _C.mask_counts_cpu(0, 0, 0, 0, 0, False, 0, 0.0, 0, 0, 0, 0, 0, 1)
 
 
-def test_cuda_tensor_names_the_ways_out():
+def test_devices_must_agree():
+    token_ids, maskable = random_batch(2, 5)
+    options = {"sampler": "l_iid", "num_samples": 1}
+    with pytest.raises(ValueError, match="maskable lies on meta but token_ids on cpu"):
+        mask_tokens(token_ids, maskable.to("meta"), MASK, rng=rng_of(2), **options)
+    with pytest.raises(ValueError, match="rng lies on meta but token_ids on cpu"):
+        mask_tokens(token_ids, maskable, MASK, rng=rng_of(2).to("meta"), **options)
+
+
+def test_cuda_tensor_names_the_ways_out(monkeypatch):
+    def nobody():
+        raise ImportError("nobody here")
+
+    monkeypatch.setattr(_executor, "cuda_executor", nobody)
     with FakeTensorMode():
         token_ids = torch.zeros(1, 3, dtype=torch.int64, device="cuda")
         rng = Rng(torch.zeros(1, dtype=torch.int64, device="cuda"))
-        with pytest.raises(ValueError, match=r"nvcc.*cupy13"):
+        with pytest.raises(ValueError, match=r"nobody here.*nvcc.*cupy13"):
             mask_tokens(token_ids, token_ids > 0, MASK, sampler="l_iid", num_samples=1, rng=rng)
+
+
+def test_the_masks_stay_on_their_device():
+    counts = torch.ones(1, 2, dtype=torch.int32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        token_ids = torch.zeros(3, dtype=torch.int64, device="cuda")
+        start, keys = torch.tensor([0, 3]), torch.zeros(1, dtype=torch.int64)
+        samples = [2, 0, 2, 0]
+        outputs = _mask_fill(token_ids, token_ids > 0, start, keys, counts, MASK, False, samples, 2)
+    assert [t.shape[0] for t in outputs] == [6, 2, 2]
+    assert all(t.device == token_ids.device for t in outputs)
+    assert [t.dtype for t in outputs] == [torch.int64, torch.int32, torch.int64]

@@ -142,6 +142,16 @@ def test_at_keeps_what_is_not_given():
     assert torch.equal(moved.keys, rng.keys) and torch.equal(moved.step, rng.step)
 
 
+def test_counters_follow_their_keys_to_another_device():
+    rng = Rng.of(0, Stream.TOKEN, [1, 2, 3]).at(position=7).to("meta")
+    moved = rng.at(position=torch.arange(3), step=5)
+    taken = moved.take(torch.tensor([2, 0]))
+    for name in ("keys", "position", "step"):
+        assert getattr(moved, name).is_meta and getattr(taken, name).shape == (2,)
+    with pytest.raises(ValueError, match="step lies on meta but keys on cpu"):
+        Rng(torch.tensor([1]), step=torch.zeros(1, dtype=torch.int32, device="meta"))
+
+
 def test_bad_input():
     rng = Rng.of(0, Stream.TOKEN, [1, 2])
     with pytest.raises(TypeError, match="keys must be int64"):

@@ -7,13 +7,11 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from unmask_problems import inf, nan, problems
 
-from dlm_fast.ops import Rng, Stream, philox_uniform, unmask_select, unmask_select_ref
+from dlm_fast.ops import Rng, Stream, _executor, philox_uniform, unmask_select, unmask_select_ref
 from dlm_fast.ops.unmask_select import BOUND_RULES, QUOTA_RULES, RULES, UNCERTAINTY_RULES
-
-nan, inf = float("nan"), float("inf")
 
 
 def row(values, dtype=torch.float32):
@@ -208,34 +206,6 @@ def test_infinite_scores_keep_their_order():
     assert select(values, "threshold", bound=inf) == [2]
 
 
-@st.composite
-def problems(draw):
-    rows, length = draw(st.integers(0, 4)), draw(st.integers(0, 23))
-    seed = draw(st.integers(0, 2**32))
-    generator = torch.Generator().manual_seed(seed)
-    # few levels make ties; NaN and infinities among them
-    levels = torch.tensor([0.0, 0.25, 0.5, 0.5, 0.9, 0.95, 1.0, nan, inf, -inf, 0.7])
-    used = draw(st.sampled_from([7, 8, 11]))
-    pick = torch.randint(used, (rows, length), generator=generator)
-    score = levels[pick]
-    if draw(st.booleans()):
-        score = torch.rand(rows, length, generator=generator)
-    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
-    selectable = torch.rand(rows, length, generator=generator) < draw(st.sampled_from([0.2, 0.8]))
-    rule = draw(st.sampled_from(RULES))
-    options = {"rng": Rng.of(seed, Stream.UNMASK, list(range(rows))).at(step=3)}
-    if draw(st.booleans()):
-        options |= {"quota": draw(st.integers(1, 30)), "bound": draw(st.floats(0, 3))}
-    else:
-        options |= {
-            "quota": torch.randint(1, 30, (rows,), generator=generator),
-            "bound": 3 * torch.rand(rows, generator=generator),
-        }
-    entropy = torch.rand(rows, length, generator=generator).mul(4).round() / 4
-    options["uncertainty"] = entropy.masked_fill(score.isnan() & (entropy > 0.5), nan).to(dtype)
-    return score.to(dtype), selectable, rule, options
-
-
 @settings(max_examples=400, deadline=None)
 @given(problems())
 def test_equals_the_definition(problem):
@@ -368,8 +338,46 @@ def test_bad_input():
     assert unmask_select(score, finished, "top_k", quota=zero).sum() == 1
 
 
-def test_cuda_tensor_names_the_ways_out():
+def test_devices_must_agree():
+    score, selectable = torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    away = torch.ones(2, device="meta")
+    rng = Rng.of(0, Stream.UNMASK, [0, 1]).to("meta")
+    for rule, options, name in [
+        ("top_k", {"quota": away.int()}, "quota"),
+        ("threshold", {"bound": away}, "bound"),
+        ("eb", {"bound": 0.5, "uncertainty": score.to("meta")}, "uncertainty"),
+        ("random", {"quota": 1, "rng": rng}, "rng"),
+    ]:
+        with pytest.raises(ValueError, match=rf"{name} lies on meta but score on cpu.*to\('cpu'\)"):
+            unmask_select(score, selectable, rule, **options)
+    # what a rule does not use may lie anywhere
+    assert unmask_select(score, selectable, "top_k", quota=1, bound=away, rng=rng).sum() == 2
+
+
+def test_cuda_tensor_names_the_ways_out(monkeypatch):
+    def nobody():
+        raise ImportError("nobody here")
+
+    monkeypatch.setattr(_executor, "cuda_executor", nobody)
     with FakeTensorMode():
         score = torch.zeros(2, 3, device="cuda")
-        with pytest.raises(ValueError, match=r"nvcc.*cupy13"):
+        with pytest.raises(ValueError, match=r"nobody here.*nvcc.*cupy13"):
             unmask_select(score, score > 0, "top_k", quota=1)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_nothing_waits_for_a_device(monkeypatch, rule):
+    """A fake tensor has no values: whoever reads one raises."""
+    monkeypatch.setattr(_executor, "cuda_executor", object)
+    with FakeTensorMode():
+        keys = torch.zeros(2, dtype=torch.int64, device="cuda")
+        score = torch.zeros(2, 3, device="cuda")
+        options = {
+            "quota": torch.ones(2, dtype=torch.int64, device="cuda"),
+            "bound": torch.ones(2, device="cuda"),
+            "uncertainty": torch.zeros(2, 3, dtype=torch.bfloat16, device="cuda"),
+            "rng": Rng(keys).at(position=keys + 3, step=3),
+        }
+        chosen = unmask_select(score, score > 0, rule, **options)
+        assert chosen.device == score.device and chosen.dtype == torch.bool
+        assert chosen.shape == score.shape
