@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from dlm_fast.ops._common import addresses, extension, num_threads
-from dlm_fast.ops._executor import executor_of
+from dlm_fast.ops._device import check_device
 
 IGNORED = -100
 """target of a row that takes no part, as in ``torch.nn.functional.cross_entropy``"""
@@ -68,26 +68,6 @@ def check_head_inputs(
 def output_dtype(inputs: torch.dtype) -> torch.dtype:
     """float32 for 32 and 16 bit inputs, float64 for float64."""
     return torch.float64 if inputs == torch.float64 else torch.float32
-
-
-def check_device(op: str, **tensors: Tensor | None) -> None:
-    """All tensors on one device, the CPU or a CUDA device that has an executor."""
-    given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
-    if all(tensor.is_cpu for _, tensor in given):
-        return
-    first_name, first = given[0]
-    for name, tensor in given:
-        if tensor.device.type not in ("cpu", "cuda"):
-            raise ValueError(
-                f"{op}: {name} lies on {tensor.device}; move it to the CPU or to a CUDA device"
-            )
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{op}: {name} lies on {tensor.device} but {first_name} on {first.device}; "
-                "move them to one device"
-            )
-    if not is_fake(first):
-        executor_of(first.device)
 
 
 def unit_stride(matrix: Tensor) -> Tensor:

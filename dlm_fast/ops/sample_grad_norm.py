@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from dlm_fast.ops._common import addresses, check_dtype, extension, num_threads
-from dlm_fast.ops._head_inputs import FLOAT_DTYPES, check_device, unit_stride
+from dlm_fast.ops._device import check_device
+from dlm_fast.ops._head_inputs import FLOAT_DTYPES, unit_stride
 
 METHODS = ("auto", "gram", "direct")
 """in the order of the C++ side's numbers"""

@@ -9,7 +9,7 @@ from mask_problems import MASK, assert_same, calls, random_batch, rng_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlm_fast import _C
-from dlm_fast.ops import Rng, _executor, mask_tokens, mask_tokens_ref
+from dlm_fast.ops import mask_tokens, mask_tokens_ref
 from dlm_fast.ops.mask_samplers import MIN_T, PAIRED, SAMPLERS
 from dlm_fast.ops.mask_tokens import _mask_counts, _mask_fill
 
@@ -261,22 +261,10 @@ def test_bad_input():
 def test_devices_must_agree():
     token_ids, maskable = random_batch(2, 5)
     options = {"sampler": "l_iid", "num_samples": 1}
-    with pytest.raises(ValueError, match="maskable lies on meta but token_ids on cpu"):
+    with pytest.raises(ValueError, match="maskable lies on meta; move it"):
         mask_tokens(token_ids, maskable.to("meta"), MASK, rng=rng_of(2), **options)
-    with pytest.raises(ValueError, match="rng lies on meta but token_ids on cpu"):
+    with pytest.raises(ValueError, match="rng lies on meta; move it"):
         mask_tokens(token_ids, maskable, MASK, rng=rng_of(2).to("meta"), **options)
-
-
-def test_cuda_tensor_names_the_ways_out(monkeypatch):
-    def nobody():
-        raise ImportError("nobody here")
-
-    monkeypatch.setattr(_executor, "cuda_executor", nobody)
-    with FakeTensorMode():
-        token_ids = torch.zeros(1, 3, dtype=torch.int64, device="cuda")
-        rng = Rng(torch.zeros(1, dtype=torch.int64, device="cuda"))
-        with pytest.raises(ValueError, match=r"nobody here.*nvcc.*cupy13"):
-            mask_tokens(token_ids, token_ids > 0, MASK, sampler="l_iid", num_samples=1, rng=rng)
 
 
 def test_the_masks_stay_on_their_device():

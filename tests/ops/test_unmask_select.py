@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 from unmask_problems import inf, nan, problems
 
-from dlm_fast.ops import Rng, Stream, _executor, philox_uniform, unmask_select, unmask_select_ref
+from dlm_fast.ops import Rng, Stream, philox_uniform, unmask_select, unmask_select_ref
 from dlm_fast.ops.unmask_select import BOUND_RULES, QUOTA_RULES, RULES, UNCERTAINTY_RULES
 
 
@@ -348,27 +348,15 @@ def test_devices_must_agree():
         ("eb", {"bound": 0.5, "uncertainty": score.to("meta")}, "uncertainty"),
         ("random", {"quota": 1, "rng": rng}, "rng"),
     ]:
-        with pytest.raises(ValueError, match=rf"{name} lies on meta but score on cpu.*to\('cpu'\)"):
+        with pytest.raises(ValueError, match=f"{name} lies on meta; move it"):
             unmask_select(score, selectable, rule, **options)
     # what a rule does not use may lie anywhere
     assert unmask_select(score, selectable, "top_k", quota=1, bound=away, rng=rng).sum() == 2
 
 
-def test_cuda_tensor_names_the_ways_out(monkeypatch):
-    def nobody():
-        raise ImportError("nobody here")
-
-    monkeypatch.setattr(_executor, "cuda_executor", nobody)
-    with FakeTensorMode():
-        score = torch.zeros(2, 3, device="cuda")
-        with pytest.raises(ValueError, match=r"nobody here.*nvcc.*cupy13"):
-            unmask_select(score, score > 0, "top_k", quota=1)
-
-
 @pytest.mark.parametrize("rule", RULES)
-def test_nothing_waits_for_a_device(monkeypatch, rule):
+def test_nothing_waits_for_a_device(rule):
     """A fake tensor has no values: whoever reads one raises."""
-    monkeypatch.setattr(_executor, "cuda_executor", object)
     with FakeTensorMode():
         keys = torch.zeros(2, dtype=torch.int64, device="cuda")
         score = torch.zeros(2, 3, device="cuda")
