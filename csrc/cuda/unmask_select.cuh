@@ -15,7 +15,7 @@ namespace dlm_fast::device {
 using cuda::UnmaskSelectParams;
 
 template <typename Score>
-struct SelectRow {
+struct UnmaskRow {
   const Score* score;        // [L]
   const bool* open;          // [L]
   const Score* uncertainty;  // [L], null where the rule does not read it
@@ -52,9 +52,9 @@ struct SelectRow {
 
 // A value out of range cannot be reported without a wait: a quota below 1 is read as 1.
 template <typename Score>
-DLM_DEVICE SelectRow<Score> select_row(const UnmaskSelectParams& params, unsigned r) {
+DLM_DEVICE UnmaskRow<Score> unmask_row(const UnmaskSelectParams& params, unsigned r) {
   const Index first = static_cast<Index>(r) * params.length;
-  SelectRow<Score> row{};
+  UnmaskRow<Score> row{};
   row.score = static_cast<const Score*>(params.score) + first;
   row.open = params.selectable + first;
   row.length = static_cast<unsigned>(params.length);
@@ -70,33 +70,33 @@ DLM_DEVICE SelectRow<Score> select_row(const UnmaskSelectParams& params, unsigne
   return row;
 }
 
-struct SelectCounters {
+struct UnmaskCounters {
   unsigned candidates;
   unsigned passing;  // candidates that the bound lets through
   unsigned prefix;   // of the ordered candidates, those that the rule takes
 };
-static_assert(sizeof(SelectCounters) <= cuda::kSelectCounterBytes, "counters must fit");
+static_assert(sizeof(UnmaskCounters) <= cuda::kUnmaskCounterBytes, "counters must fit");
 
 template <typename Score>
-struct SelectScratch {
+struct UnmaskScratch {
   Entry<Score>* entries;  // [capacity] in shared memory
   unsigned capacity;
-  SelectCounters* counters;  // in shared memory
+  UnmaskCounters* counters;  // in shared memory
   unsigned* order;           // [L] in global memory, or null
 };
 
 template <typename Score>
-DLM_DEVICE SelectScratch<Score> select_scratch(const UnmaskSelectParams& params, unsigned r) {
+DLM_DEVICE UnmaskScratch<Score> unmask_scratch(const UnmaskSelectParams& params, unsigned r) {
   auto* entries = reinterpret_cast<Entry<Score>*>(shared_bytes());
   unsigned* order = params.order ? params.order + static_cast<Index>(r) * params.length : nullptr;
-  return {entries, params.capacity, reinterpret_cast<SelectCounters*>(entries + params.capacity),
+  return {entries, params.capacity, reinterpret_cast<UnmaskCounters*>(entries + params.capacity),
           order};
 }
 
 // Clears the row's output, counts candidates and keeps the entries of those that fit, in any order.
 template <typename Score>
-DLM_DEVICE SelectCounters gather_candidates(const SelectRow<Score>& row,
-                                            const SelectScratch<Score>& scratch, bool* selected) {
+DLM_DEVICE UnmaskCounters gather_candidates(const UnmaskRow<Score>& row,
+                                            const UnmaskScratch<Score>& scratch, bool* selected) {
   if (thread_index() == 0) *scratch.counters = {0, 0, 0};
   sync_block();
   unsigned passing = 0;
@@ -117,8 +117,8 @@ DLM_DEVICE SelectCounters gather_candidates(const SelectRow<Score>& row,
 // Positions of the candidates, best first, for rows with more of them than fit shared memory:
 // every candidate counts those before it, a tile of entries at a time. L^2 comparisons.
 template <typename Score>
-DLM_DEVICE void order_by_counting(const SelectRow<Score>& row,
-                                  const SelectScratch<Score>& scratch) {
+DLM_DEVICE void order_by_counting(const UnmaskRow<Score>& row,
+                                  const UnmaskScratch<Score>& scratch) {
   constexpr unsigned kOwned = 4;  // candidates of a thread for which one read of the tile serves
   const auto entry_at = [&](unsigned i) {
     return i < row.length && row.is_candidate(i) ? row.entry(i) : Entry<Score>::last();
@@ -148,7 +148,7 @@ DLM_DEVICE void order_by_counting(const SelectRow<Score>& row,
 
 // The candidates, best first.
 template <typename Score>
-struct SelectOrder {
+struct UnmaskOrder {
   const Entry<Score>* entries;  // null: they did not fit
   const unsigned* positions;
 
@@ -158,8 +158,8 @@ struct SelectOrder {
 };
 
 template <typename Score>
-DLM_DEVICE SelectOrder<Score> order_candidates(const SelectRow<Score>& row,
-                                               const SelectScratch<Score>& scratch,
+DLM_DEVICE UnmaskOrder<Score> order_candidates(const UnmaskRow<Score>& row,
+                                               const UnmaskScratch<Score>& scratch,
                                                unsigned candidates) {
   if (candidates > scratch.capacity) {
     order_by_counting(row, scratch);
@@ -176,8 +176,8 @@ DLM_DEVICE SelectOrder<Score> order_candidates(const SelectRow<Score>& row,
 // How many of the descending scores the factor rule takes. (k + 2)(1 - c_k) never falls along the
 // order, rounded or not, so those that pass are a prefix and may be counted in any order.
 template <typename Score>
-DLM_DEVICE void count_factor(const SelectRow<Score>& row, const SelectOrder<Score>& order,
-                             unsigned candidates, SelectCounters* counters) {
+DLM_DEVICE void count_factor(const UnmaskRow<Score>& row, const UnmaskOrder<Score>& order,
+                             unsigned candidates, UnmaskCounters* counters) {
   unsigned passing = 0;
   for (unsigned k = thread_index(); k < candidates; k += thread_count()) {
     const double c = smaller_of(larger_of(static_cast<double>(row.score[order[k]]), 0.0), 1.0);
@@ -189,8 +189,8 @@ DLM_DEVICE void count_factor(const SelectRow<Score>& row, const SelectOrder<Scor
 // How many of the ascending uncertainties the sum rules take. A sum depends on the order of adding:
 // one warp reads 32 of them at once, and all its lanes add them one by one.
 template <typename Score>
-DLM_DEVICE void count_sum(const SelectRow<Score>& row, const SelectOrder<Score>& order,
-                          unsigned candidates, SelectCounters* counters) {
+DLM_DEVICE void count_sum(const UnmaskRow<Score>& row, const UnmaskOrder<Score>& order,
+                          unsigned candidates, UnmaskCounters* counters) {
   if (thread_index() >= kWarp) return;
   const auto bound = static_cast<double>(row.bound);
   double sum = 0;
@@ -213,10 +213,10 @@ DLM_DEVICE void count_sum(const SelectRow<Score>& row, const SelectOrder<Score>&
 
 template <typename Score>
 DLM_DEVICE void unmask_select(const UnmaskSelectParams& params) {
-  SelectRow<Score> row = select_row<Score>(params, block_x());
-  const SelectScratch<Score> scratch = select_scratch<Score>(params, block_x());
+  UnmaskRow<Score> row = unmask_row<Score>(params, block_x());
+  const UnmaskScratch<Score> scratch = unmask_scratch<Score>(params, block_x());
   bool* selected = params.selected + static_cast<Index>(block_x()) * row.length;
-  SelectCounters found = gather_candidates(row, scratch, selected);
+  UnmaskCounters found = gather_candidates(row, scratch, selected);
   if (found.candidates == 0) {
     // Nothing, or nothing but NaN: then the leftmost position, or the loop would never end.
     row.rule = UnmaskRule::kSequential;
@@ -235,7 +235,7 @@ DLM_DEVICE void unmask_select(const UnmaskSelectParams& params) {
       if (row.is_candidate(i) && (cut == found.candidates || row.passes(i))) selected[i] = true;
     return;
   }
-  const SelectOrder<Score> order = order_candidates(row, scratch, found.candidates);
+  const UnmaskOrder<Score> order = order_candidates(row, scratch, found.candidates);
   if (by_prefix) {
     if (row.uses_sums())
       count_sum(row, order, found.candidates, scratch.counters);
@@ -249,9 +249,9 @@ DLM_DEVICE void unmask_select(const UnmaskSelectParams& params) {
 
 }  // namespace dlm_fast::device
 
-#define DLM_SELECT_KERNEL DLM_KERNEL(dlm_fast::cuda::kSelectMaxThreads)
+#define DLM_UNMASK_KERNEL DLM_KERNEL(dlm_fast::cuda::kUnmaskMaxThreads)
 #define DLM_KERNELS(KERNEL)                                                              \
-  KERNEL(DLM_SELECT_KERNEL, unmask_select_f32, UnmaskSelectParams, unmask_select<float>) \
-  KERNEL(DLM_SELECT_KERNEL, unmask_select_f64, UnmaskSelectParams, unmask_select<double>)
+  KERNEL(DLM_UNMASK_KERNEL, unmask_select_f32, UnmaskSelectParams, unmask_select<float>) \
+  KERNEL(DLM_UNMASK_KERNEL, unmask_select_f64, UnmaskSelectParams, unmask_select<double>)
 
 DLM_KERNELS(DLM_DEFINE_KERNEL)

@@ -6,8 +6,8 @@
 
 namespace dlm_fast::cuda {
 
-constexpr unsigned kSelectMaxThreads = 256;
-constexpr unsigned kSelectCounterBytes = 16;  // behind the entries
+constexpr unsigned kUnmaskMaxThreads = 256;
+constexpr unsigned kUnmaskCounterBytes = 16;  // behind the entries
 
 // Letters: R rows, L positions. "Score" is float or double. Pointers that the rule does not need
 // may be null.

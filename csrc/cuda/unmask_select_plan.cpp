@@ -36,8 +36,8 @@ Launch plan_unmask_select(UnmaskSelectParams params, int rows, bool wide) {
   Launch launch;
   launch.kernel = wide ? "unmask_select_f64" : "unmask_select_f32";
   launch.grid_x = static_cast<unsigned>(rows);
-  launch.threads = power_of_two_from(static_cast<unsigned>(params.length), 32, kSelectMaxThreads);
-  launch.shared_bytes = params.capacity * entry_bytes(wide) + kSelectCounterBytes;
+  launch.threads = power_of_two_from(static_cast<unsigned>(params.length), 32, kUnmaskMaxThreads);
+  launch.shared_bytes = params.capacity * entry_bytes(wide) + kUnmaskCounterBytes;
   launch.params = bytes_of(params);
   return launch;
 }
