@@ -87,6 +87,16 @@ def errors(truth: Truth, delivered: Mapping[str, Tensor]) -> dict[str, float]:
     return found
 
 
+@torch.no_grad()
+def draw_errors(head: Head, truth: Truth, delivered: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of a drawn token: its confidence against the float64 probability of that token."""
+    token_N = delivered["token"].long()
+    hidden_ND = head.hidden[head.rows].double()
+    logit_N = (hidden_ND * head.weight[token_N].double()).sum(-1)
+    wrong_N = delivered["confidence"].double() - (logit_N - truth.lse).exp()
+    return {"confidence": wrong_N.abs().max().item()}
+
+
 def _relative(value: Tensor, right: Tensor) -> float:
     difference = norm = 0.0
     for a, b in zip(value.split(_COLUMNS), right.split(_COLUMNS), strict=True):

@@ -1,5 +1,6 @@
 """What the benchmarks time is right: data, truth, providers, clocks, memory."""
 
+import math
 import os
 import sys
 
@@ -11,7 +12,7 @@ from dlm_fast.benchmark.memory import extra_bytes
 from dlm_fast.benchmark.problem import HeadSize, make_head
 from dlm_fast.benchmark.providers import STATISTICS
 from dlm_fast.benchmark.timing import Plan, cpu_clock, interleaved, summary
-from dlm_fast.benchmark.truth import errors, truth_of
+from dlm_fast.benchmark.truth import draw_errors, errors, truth_of
 from dlm_fast.ops import token_logprob_ref, token_stats_ref, weighted_logprob_ref
 
 SMALL = HeadSize(40, 23, 31, 517)
@@ -20,11 +21,12 @@ PROVIDERS = [make() for make in works.PLAIN]
 
 def test_data_is_like_a_language_models():
     """Median negative log-likelihood about 1.6 at V = 32000, as the protocol has it; flat: ln V."""
-    size = HeadSize(128, 64, 1024, 32000)
-    median = -truth_of(make_head(size, torch.float32)).logprob.median()
+    size = HeadSize(64, 63, 1024, 32000)
+    median = -truth_of(make_head(size, torch.bfloat16)).logprob.median()
     assert 1.0 < median < 2.6
-    flat = -truth_of(make_head(size, torch.float32, flat=True)).logprob.median()
-    assert abs(flat - 10.37) < 0.5
+    few = HeadSize(64, 63, 1024, 1000)
+    flat = -truth_of(make_head(few, torch.float32, flat=True)).logprob.median()
+    assert abs(flat - math.log(1000)) < 0.5
 
 
 def test_data_is_the_same_each_time_and_selects_distinct_rows():
@@ -102,7 +104,10 @@ def test_draws_have_the_probabilities_they_claim():
         drawn = works.bound(provider, "decode", head, None, temperature=1.0)()
         logprob = (head.hidden[head.rows] @ head.weight.T).log_softmax(-1)
         right = logprob.gather(1, drawn["token"][:, None])[:, 0].exp()
-        torch.testing.assert_close(drawn["confidence"], right.detach())
+        torch.testing.assert_close(drawn["confidence"], right.detach(), check_dtype=False)
+        assert draw_errors(head, truth_of(head), drawn)["confidence"] < 1e-6
+        wrong = drawn | {"token": (drawn["token"] + 1) % SMALL.v}
+        assert draw_errors(head, truth_of(head), wrong)["confidence"] > 1e-3
 
 
 def test_calls_are_interleaved_in_rotating_order():

@@ -63,7 +63,8 @@ def test_commands_of_the_readme_run(repository, small_run, tmp_path, monkeypatch
     shutil.copy(small_run / "config.yaml", "run.yaml")
     example = tasks.get("sudoku").load(None, "test")[0]
     (tmp_path / "test.jsonl").write_text(json.dumps(dict(example)) + "\n")
-    short = {"train": ["--print-config"], "bench": ["--seconds", "0.01", "--vocab", "11"]}
+    quick = ["--seconds", "0.01", "--vocab", "11", "--no-memory"]
+    short = {"train": ["--print-config"], "bench": quick}
     ran = set()
     for words in readme_commands(repository):
         assert words[0] == "dlm-fast"
