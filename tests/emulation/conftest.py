@@ -15,16 +15,22 @@ _C_emulated = pytest.importorskip(
 
 
 @pytest.fixture(params=Emulated.ORDERS)
-def executor(request: pytest.FixtureRequest) -> Iterator[Emulated]:
+def order(request: pytest.FixtureRequest) -> str:
+    """Of the threads and of the blocks."""
+    return request.param
+
+
+@pytest.fixture
+def executor(order: str) -> Iterator[Emulated]:
     """Inside the test, ops on CPU tensors take the CUDA path."""
-    with emulated(request.param, seed=7) as made:
+    with emulated(order, seed=7) as made:
         yield made
 
 
-@pytest.fixture(params=Emulated.ORDERS)
-def run(request: pytest.FixtureRequest) -> Run:
+@pytest.fixture
+def run(order: str) -> Run:
     """``run(op, ...)`` takes the CUDA path; outside of it ops take the CPU's."""
-    return on_emulator(request.param)
+    return on_emulator(order)
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ class Covered:
         found = set()
         for item in session.items:
             marker = item.get_closest_marker("covers")
-            order = item.callspec.params.get("executor") if hasattr(item, "callspec") else None
+            order = item.callspec.params.get("order") if hasattr(item, "callspec") else None
             found |= {(kernel, order) for kernel in marker.args} if marker else set()
         with open(sys.argv[2], "w") as file:
             json.dump(sorted(found, key=str), file)
