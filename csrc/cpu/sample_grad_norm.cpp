@@ -114,13 +114,14 @@ class SampleGradNorm {
                      const std::vector<int64_t>& rows_j, Real* packed, Real* gram) const {
     const int64_t num_j = static_cast<int64_t>(rows_j.size());
     Real* panels = packed + kPackedWeight;
+    Ahead nothing[kAhead];
     for (int64_t d = 0; d < matrix.width; d += kBlockD) {
       const Matrix part = columns_of(matrix, d, kBlockD);
       k_.pack_weight(part, first, 0, {count, part.width}, packed);
       for (int64_t j = 0; j < num_j; j += k_.panel) {
         const int64_t lanes = std::min<int64_t>(k_.panel, num_j - j);
         k_.pack_rows(part, rows_j.data() + j, lanes, panels);
-        k_.logits(panels, packed, {count, part.width}, d > 0, lanes > k_.lanes ? 2 : 1,
+        k_.logits(panels, packed, {count, part.width}, d > 0, lanes > k_.lanes ? 2 : 1, nothing,
                   gram + j * kBlockV);
       }
     }
@@ -134,6 +135,7 @@ class SampleGradNorm {
                                           kDirectDepth * k_.panel);
     Real* packed = gradient + kBlockV * kDirectColumns;
     Real* columns = packed + kBlockV * kDirectDepth;
+    Ahead nothing[kAhead];
     for (int64_t first = begin; first < end; first += kDirectDepth) {
       const std::vector<int64_t> rows = rows_from(first, std::min(kDirectDepth, end - first));
       const int64_t count = static_cast<int64_t>(rows.size());
@@ -142,9 +144,11 @@ class SampleGradNorm {
                      packed + i * kBlockV);
       for (int64_t d = 0; d < input.width; d += k_.panel) {
         k_.pack_columns(input, rows.data(), count, d, columns);
-        k_.weight_gradient(packed, columns, count,
-                           {gradient + d, kDirectColumns, grad.width,
-                            std::min<int64_t>(k_.panel, input.width - d), Real(1), first > begin});
+        k_.weight_gradient(
+            packed, columns, count,
+            {gradient + d, kDirectColumns, grad.width, std::min<int64_t>(k_.panel, input.width - d),
+             Real(1), first > begin, false},
+            nothing);
       }
     }
     double sum = 0;
