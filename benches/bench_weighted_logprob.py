@@ -12,10 +12,14 @@ import torch
 from head_baselines import BASELINES, SIZES, describe
 
 from dlm_fast.benchmark.problem import make_head
-from dlm_fast.ops import weighted_logprob, weighted_logprob_
+from dlm_fast.benchmark.providers import OURS, by_autograd, ours
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PROVIDERS = [*BASELINES, "dlm_fast"]
+PROVIDERS = [*BASELINES, OURS]
+
+
+def work_of(provider: str, work: str):
+    return getattr(ours(), work) if provider == OURS else by_autograd(BASELINES[provider])[work]
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -25,18 +29,7 @@ def test_functional_step(benchmark, size, dtype, provider):
     head = make_head(SIZES[size], DTYPES[dtype])
     benchmark.group = f"weighted_logprob step {size} {dtype}"
     describe(benchmark, SIZES[size], DTYPES[dtype], 6)
-
-    def baseline():
-        head.clear()
-        (BASELINES[provider](head) * head.row_weight).sum().backward()
-
-    def ours():
-        head.clear()
-        weighted_logprob(
-            head.hidden, head.weight, head.targets, head.row_weight, rows=head.rows
-        ).objective.backward()
-
-    benchmark(ours if provider == "dlm_fast" else baseline)
+    benchmark(work_of(provider, "gradients"), head)
     assert head.hidden.grad is not None
 
 
@@ -48,21 +41,5 @@ def test_accumulating_step(benchmark, size, dtype, provider):
     main_grad = torch.zeros(head.weight.shape)
     benchmark.group = f"weighted_logprob_ accumulating step {size} {dtype}"
     describe(benchmark, SIZES[size], DTYPES[dtype], 6)
-
-    def baseline():
-        head.clear()
-        (BASELINES[provider](head) * head.row_weight).sum().backward()
-        main_grad.add_(head.weight.grad)
-
-    def ours():
-        weighted_logprob_(
-            head.hidden,
-            head.weight,
-            head.targets,
-            head.row_weight,
-            rows=head.rows,
-            weight_grad=main_grad,
-        )
-
-    benchmark(ours if provider == "dlm_fast" else baseline)
+    benchmark(work_of(provider, "weighted_step"), head, main_grad)
     assert bool(main_grad.any())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+from providers import torch_forms
 from torch import Tensor
 
 from dlm_fast.benchmark.problem import Head, HeadSize
@@ -23,19 +23,12 @@ SIZES = {
 }
 
 
-def torch_linear_cross_entropy(head: Head) -> Tensor:
-    """torch's own head (2.13 and later), rows gathered first: [N]."""
-    return -F.linear_cross_entropy(
-        head.hidden[head.rows], head.weight, head.targets, reduction="none"
-    )
-
-
 BASELINES: dict[str, Callable[[Head], Tensor]] = {
     "eager_gather_first": gather_first,
     "eager_all_positions": all_positions,
 }
-if hasattr(F, "linear_cross_entropy"):
-    BASELINES["torch_linear_cross_entropy"] = torch_linear_cross_entropy
+if torch_forms.HAS_CHUNKED:
+    BASELINES["torch_chunked"] = torch_forms.chunked_logprob
 
 
 def describe(benchmark, size: HeadSize, dtype: torch.dtype, flop_per_logit: int) -> None:

@@ -53,7 +53,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--providers", nargs="+", help="names, beside dlm_fast; default: all")
     parser.add_argument("--rounds", type=int, help="timed calls; default: 9, on a GPU 30")
     parser.add_argument(
-        "--patience", type=float, help="seconds for a slow provider; default: 6, on a GPU 20"
+        "--patience", type=float, help="seconds for a slow provider; default: 4, on a GPU 20"
     )
     parser.add_argument(
         "--budget", type=float, default=float("inf"), help="seconds; no case starts after them"
@@ -79,9 +79,6 @@ def _merged(options: argparse.Namespace) -> dict[str, Any]:
             words = _without(sys.argv[1:], "--out", "--threads")
             command = [sys.executable, __file__, *words, "--out", str(part)]
             command += ["--part", str(threads)]
-            # memory does not depend on the threads by more than their small buffers
-            if threads != options.threads[0]:
-                command.append("--no-memory")
             subprocess.run(command, check=True)
             found = json.loads(part.read_text())
             if not merged:
@@ -92,6 +89,11 @@ def _merged(options: argparse.Namespace) -> dict[str, Any]:
                 merged["seconds"] += found["seconds"]
             merged["command"] = _command()
             _save(options.out, merged)
+    if options.memory:
+        from protocol_memory import add_memory
+
+        # it does not depend on the threads by more than their small buffers
+        add_memory([case for case in merged["cases"] if case["threads"] == options.threads[0]])
     return merged
 
 
@@ -130,7 +132,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     start = time.perf_counter()
     bench = _bench(options, threads)
-    cases = cpu_cases() if options.device == "cpu" else cuda_cases()
+    cases = cpu_cases(threads) if options.device == "cpu" else cuda_cases()
     if options.tasks:
         cases = [case for case in cases if case.task in options.tasks]
     if options.shrink:
@@ -142,10 +144,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "rounds": bench.plan.rounds,
         **facts(options.device),
         "rates": {str(threads): rates(threads)},
-        "providers": {
-            one.name: {"what": one.what, "unavailable": one.unavailable}
-            for one in [*all_providers(options.device), *all_linear_providers()]
-        },
+        "providers": _described([*all_providers(options.device), *all_linear_providers()]),
         "cases": [],
         "left_out": [],
         "seconds": 0.0,
@@ -164,7 +163,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def _described(providers: list[Any]) -> dict[str, dict[str, Any]]:
+    """Name -> calls in words, why not here. One name may stand for several calls."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in providers:
+        known = found.setdefault(one.name, {"what": one.what, "unavailable": one.unavailable})
+        if known["what"] != one.what:
+            known["what"] += f"; T7: {one.what}"
+    return found
+
+
 def _bench(options: argparse.Namespace, threads: int) -> Any:
+    from protocol_cases import KEY_PROVIDERS
     from protocol_run import Bench
     from providers import all_providers
 
@@ -177,8 +187,10 @@ def _bench(options: argparse.Namespace, threads: int) -> Any:
         clock=CudaClock() if on_gpu else cpu_clock,
         plan=Plan(
             rounds=options.rounds or (30 if on_gpu else 9),
-            warm_ups=10 if on_gpu else 1,
-            patience=options.patience or (20.0 if on_gpu else 6.0),
+            # on a CPU the call whose errors are taken has warmed up
+            warm_ups=10 if on_gpu else 0,
+            always=KEY_PROVIDERS,
+            patience=options.patience or (20.0 if on_gpu else 4.0),
         ),
         providers=[
             one
@@ -187,7 +199,6 @@ def _bench(options: argparse.Namespace, threads: int) -> Any:
         ],
         threads=threads,
         seed=options.seed,
-        memory=options.memory,
     )
 
 

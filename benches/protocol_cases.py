@@ -57,16 +57,24 @@ class LinearCase:
 Case = HeadCase | LinearCase
 
 WORK_OF = {"T1": "score", "T1+": "statistics", "T2": "weighted_step", "T3": "step"}
-KEY_PROVIDERS = ("dlm_fast", GATHERING, EVERYWHERE, "compiled, gather first")
+KEY_PROVIDERS = ("dlm_fast", GATHERING, EVERYWHERE)
 REFERENCE = HeadSize(512, 254, 1024, 32000)
 LARGE = HeadSize(512, 256, 1024, 126464)
 
 
-def cpu_cases() -> list[Case]:
-    """The reference head with everybody, the large one with those that count, then the rest."""
+def cpu_cases(threads: int) -> list[Case]:
+    """The reference head with everybody and the large one with those that count; the rest, on one
+    thread alone. Of providers that use autograd T2 and T3 are the same call."""
     dtypes = ("float32", "bfloat16")
     cases: list[Case] = [
-        HeadCase(task=task, work=WORK_OF[task], size=REFERENCE, dtype=dtype, memory=True)
+        HeadCase(
+            task=task,
+            work=WORK_OF[task],
+            size=REFERENCE,
+            dtype=dtype,
+            providers=KEY_PROVIDERS if task == "T3" else None,
+            memory=task in ("T1", "T2"),
+        )
         for dtype, task in itertools.product(dtypes, ("T1", "T1+", "T2", "T3"))
     ]
     cases += [
@@ -78,17 +86,42 @@ def cpu_cases() -> list[Case]:
             providers=KEY_PROVIDERS,
             memory=True,
         )
-        for dtype, task in itertools.product(dtypes, ("T1", "T2", "T3"))
+        for dtype, task in itertools.product(dtypes, ("T1", "T2"))
+    ]
+    if threads > 1:
+        return cases
+    cases += _decoding(REFERENCE, dtypes)
+    cases += _masking(512, REFERENCE, dtypes, ("dlm_fast", "dLLM-style", GATHERING, EVERYWHERE))
+    # a quarter of the widths and lengths of a 7B model's layer, and of its head
+    cases += _linear(8, 128, 1024, 2752, dtypes) + _linear(8, 128, 1024, 32000, ("float32",))
+    cases += [
+        _many_samples(HeadSize(512, 256, 1024, 32000), 16, dtype, ("dlm_fast", GATHERING))
+        for dtype in dtypes
     ]
     cases += [_flat("T2", REFERENCE, dtype, KEY_PROVIDERS) for dtype in dtypes]
-    cases += [_many_samples(HeadSize(512, 256, 1024, 32000), 16, dtype) for dtype in dtypes]
-    cases += _masking(512, REFERENCE, dtypes)
-    cases += _decoding(REFERENCE, dtypes)
-    # a quarter of the widths and lengths of a 7B model's layer
-    cases += _linear(8, 128, 1024, 2752, dtypes) + _linear(8, 128, 1024, 32000, ("float32",))
     return cases
 
 
+_SAMPLE_PROVIDERS = (
+    "dlm_fast",
+    "dlm_fast, CuPy kernels",
+    GATHERING,
+    "cut-cross-entropy, unfiltered",
+    "liger-kernel",
+    "liger-kernel scaled, gather first",
+    "quack-kernels",
+)
+_MASK_PROVIDERS = (
+    "dlm_fast",
+    "dlm_fast, CuPy kernels",
+    "dLLM-style",
+    GATHERING,
+    EVERYWHERE,
+    "cut-cross-entropy",
+    "cut-cross-entropy, unfiltered",
+    "liger-kernel scaled, all positions",
+    "liger-kernel scaled, gather first",
+)
 # (D, V) of the sizes on a GPU
 _HEADS = ((2048, 32000), (2048, 157184), (3584, 152064), (4096, 126464), (4096, 151936))
 
@@ -105,9 +138,12 @@ def cuda_cases() -> list[Case]:
         HeadCase(task=task, work=WORK_OF[task], size=target, dtype="bfloat16", memory=True)
         for task in tasks
     ]
-    cases += [_many_samples(HeadSize(2048, n, 4096, 126464), 16, "bfloat16") for n in (256, 1024)]
+    cases += [
+        _many_samples(HeadSize(2048, n, 4096, 126464), 16, "bfloat16", _SAMPLE_PROVIDERS)
+        for n in (256, 1024)
+    ]
     cases += _decoding(HeadSize(64, 64, 4096, 126464), ("bfloat16",))
-    cases += _masking(8192, target, ("bfloat16",))
+    cases += _masking(8192, target, ("bfloat16",), _MASK_PROVIDERS)
     cases += _linear(32, 512, 4096, 11008, ("bfloat16",))
     cases += _linear(32, 512, 4096, 126464, ("bfloat16",))
     cases += [_flat("T2", target, "bfloat16", None)]
@@ -130,7 +166,7 @@ def _flat(task: str, size: HeadSize, dtype: str, providers: tuple[str, ...] | No
     )
 
 
-def _many_samples(size: HeadSize, samples: int, dtype: str) -> HeadCase:
+def _many_samples(size: HeadSize, samples: int, dtype: str, providers: tuple[str, ...]) -> HeadCase:
     """``size`` is that of one sample."""
     return HeadCase(
         task="T4",
@@ -139,19 +175,13 @@ def _many_samples(size: HeadSize, samples: int, dtype: str) -> HeadCase:
         dtype=dtype,
         samples=samples,
         variant=f"{samples} samples",
-        providers=(
-            "dlm_fast",
-            "dlm_fast, CuPy kernels",
-            GATHERING,
-            "cut-cross-entropy, unfiltered",
-            "liger-kernel",
-            "liger-kernel scaled, gather first",
-            "quack-kernels",
-        ),
+        providers=providers,
     )
 
 
-def _masking(t: int, size: HeadSize, dtypes: Iterable[str]) -> list[Case]:
+def _masking(
+    t: int, size: HeadSize, dtypes: Iterable[str], providers: tuple[str, ...]
+) -> list[Case]:
     return [
         HeadCase(
             task="T5",
@@ -159,18 +189,7 @@ def _masking(t: int, size: HeadSize, dtypes: Iterable[str]) -> list[Case]:
             size=dataclasses.replace(size, t=t, n=t * percent // 100),
             dtype=dtype,
             variant=f"{percent} % selected",
-            providers=(
-                "dlm_fast",
-                "dlm_fast, CuPy kernels",
-                "dLLM-style",
-                GATHERING,
-                EVERYWHERE,
-                "cut-cross-entropy",
-                "cut-cross-entropy, unfiltered",
-                "cut-cross-entropy, compiled",
-                "liger-kernel scaled, all positions",
-                "liger-kernel scaled, gather first",
-            ),
+            providers=providers,
         )
         for dtype, percent in itertools.product(dtypes, (15, 50, 90))
     ]

@@ -17,7 +17,6 @@ from providers.packages import UNIT_WEIGHTS
 from torch import Tensor
 
 from dlm_fast.benchmark import works
-from dlm_fast.benchmark.memory import extra_bytes
 from dlm_fast.benchmark.problem import Head, HeadSize, make_head
 from dlm_fast.benchmark.providers import OURS, Delivered, Provider
 from dlm_fast.benchmark.timing import Clock, Plan, interleaved, summary
@@ -37,13 +36,16 @@ class Bench:
     providers: list[Provider]
     threads: int
     seed: int
-    memory: bool
 
 
 def run_head_case(case: HeadCase, bench: Bench) -> dict[str, Any]:
     _forget_compiled(case.size, case.dtype)
-    head = _head_of(case, bench)
-    truth = truth_of(head)
+    head, truth = _problem(
+        dataclasses.replace(case.size, t=case.size.t * case.samples, n=case.size.n * case.samples),
+        case.dtype,
+        case.data,
+        (bench.device, bench.seed),
+    )
     unit = dataclasses.replace(head, row_weight=torch.ones_like(head.row_weight))
     unit_truth: Truth | None = None
     main_grad = works.main_grad_of(head, case.work)
@@ -76,12 +78,12 @@ def run_head_case(case: HeadCase, bench: Bench) -> dict[str, Any]:
         if case.memory and bench.device == "cuda":
             results[provider.name] |= _device_memory(call)
     head.clear()
-    for name, times in interleaved(calls, bench.clock, bench.plan).items():
+    plan = bench.plan
+    if case.task not in ("T1", "T1+", "T2", "T3"):
+        plan = dataclasses.replace(plan, always=())
+    for name, times in interleaved(calls, bench.clock, plan).items():
         results[name] |= summary(times)
     mark_inaccurate(results)
-    if case.memory and bench.memory and bench.device == "cpu":
-        for name in calls:
-            results[name]["extra_bytes"] = _process_memory(case, name, bench.threads)
     found = {
         **{name: value for name, value in asdict(case).items() if name not in ("providers",)},
         "threads": bench.threads,
@@ -99,17 +101,14 @@ def _forget_compiled(size: HeadSize, dtype: str) -> None:
     torch._dynamo.reset()
 
 
-def _head_of(case: HeadCase, bench: Bench) -> Head:
-    size = dataclasses.replace(
-        case.size, t=case.size.t * case.samples, n=case.size.n * case.samples
-    )
-    return make_head(
-        size,
-        getattr(torch, case.dtype),
-        seed=bench.seed,
-        device=bench.device,
-        flat=case.data == "flat",
-    )
+@functools.lru_cache(maxsize=1)
+def _problem(
+    size: HeadSize, dtype: str, data: str, device_and_seed: tuple[str, int]
+) -> tuple[Head, Truth]:
+    """Kept for the next task: float64 takes longer than what is measured."""
+    device, seed = device_and_seed
+    head = make_head(size, getattr(torch, dtype), seed=seed, device=device, flat=data == "flat")
+    return head, truth_of(head)
 
 
 def call_of(
@@ -162,17 +161,6 @@ def mark_inaccurate(results: dict[str, dict[str, Any]]) -> None:
         ]
         if wrong:
             result["inaccurate"] = wrong
-
-
-def _process_memory(case: HeadCase, name: str, threads: int) -> int:
-    return extra_bytes(
-        "providers:memory_calls",
-        name=name,
-        work=case.work,
-        size=list(asdict(case.size).values()),
-        dtype=case.dtype,
-        threads=threads,
-    )
 
 
 def _device_memory(call: Callable[[], Delivered]) -> dict[str, int]:

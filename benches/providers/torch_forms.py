@@ -48,22 +48,24 @@ def compiled_all_positions(device: str) -> Provider:
     )
 
 
+HAS_CHUNKED = hasattr(torch.nn, "LinearCrossEntropyOptions")
+
+
+def chunked_logprob(head: Head) -> Tensor:
+    """With options it computes chunks of rows; without them it is the eager form."""
+    return -F.linear_cross_entropy(
+        head.hidden[head.rows],
+        head.weight,
+        head.targets,
+        reduction="none",
+        options=torch.nn.LinearCrossEntropyOptions(),
+    )
+
+
 def chunked(device: str) -> Provider:
-    """Options that make it chunk; without them it is the eager form."""
-
-    def value(head: Head) -> Tensor:
-        return -F.linear_cross_entropy(
-            head.hidden[head.rows],
-            head.weight,
-            head.targets,
-            reduction="none",
-            options=torch.nn.LinearCrossEntropyOptions(),
-        )
-
-    there = hasattr(torch.nn, "LinearCrossEntropyOptions")
     return Provider(
         name="torch chunked, gather first",
         what="`F.linear_cross_entropy` with `LinearCrossEntropyOptions()`",
-        **by_autograd(value),
-        unavailable=None if there else f"torch {torch.__version__} has none; 2.13 has",
+        **by_autograd(chunked_logprob),
+        unavailable=None if HAS_CHUNKED else f"torch {torch.__version__} has none; 2.13 has",
     )

@@ -53,6 +53,8 @@ class Plan:
     """calls before, not counted: compilation, allocation, choice of algorithms"""
     patience: float = float("inf")
     """seconds after which a provider that is slow has had enough, if it was timed three times"""
+    always: tuple[str, ...] = ()
+    """providers for whom there is always patience"""
     seconds: float = 0.0
     """goes on beyond the rounds until this much time has passed"""
 
@@ -67,7 +69,8 @@ def interleaved(calls: Mapping[str, Call], clock: Clock, plan: Plan) -> dict[str
     order, begin, done = list(calls), time.perf_counter(), 0
     while done < plan.rounds or time.perf_counter() - begin < plan.seconds:
         for name in order:
-            if len(times[name]) >= 3 and spent[name] > plan.patience:
+            patience = float("inf") if name in plan.always else plan.patience
+            if len(times[name]) >= 3 and spent[name] > patience:
                 continue
             start = time.perf_counter()
             times[name].append(clock(calls[name]))

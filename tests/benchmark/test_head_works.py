@@ -122,8 +122,10 @@ def test_a_slow_provider_stops_after_three_calls():
     def clock(call):
         return {"cpu": float(call() or 0)}
 
-    times = interleaved({"a": lambda: 1}, clock, Plan(rounds=9, patience=-1.0))
+    both = {"a": lambda: 1, "b": lambda: 2}
+    times = interleaved(both, clock, Plan(rounds=9, patience=-1.0, always=("b",)))
     assert summary(times["a"])["calls"] == 3
+    assert summary(times["b"])["calls"] == 9
     assert len(interleaved({"a": lambda: 1}, clock, Plan(rounds=2, seconds=0.01))["a"]) > 2
 
 

@@ -1,5 +1,6 @@
 """The protocol runs every case, names what is missing, and its page is made of its files alone."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -9,14 +10,16 @@ from pathlib import Path
 
 import make_tables
 import protocol
+import protocol_memory
 import protocol_run
 import pytest
 import torch
 from protocol_cases import LinearCase, cpu_cases, cuda_cases, shrunk
 from protocol_linear import run_linear_case
 from protocol_run import Bench, mark_inaccurate, run_head_case
-from providers import all_providers
+from providers import all_providers, memory_calls
 
+from dlm_fast.benchmark.problem import make_head
 from dlm_fast.benchmark.timing import Plan, cpu_clock
 
 BENCHES = Path(protocol.__file__).parent
@@ -32,7 +35,6 @@ def bench_of(clock=cpu_clock):
         providers=[one for one in all_providers("cpu") if not COMPILED.search(one.name)],
         threads=1,
         seed=0,
-        memory=False,
     )
 
 
@@ -42,7 +44,7 @@ def run(case, bench):
     )
 
 
-CASES = list(dict.fromkeys(shrunk(case) for case in [*cpu_cases(), *cuda_cases()]))
+CASES = list(dict.fromkeys(shrunk(case) for case in [*cpu_cases(1), *cpu_cases(2), *cuda_cases()]))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def measured():
 def test_every_task_is_there(measured):
     tasks = {"T1", "T1+", "T2", "T3", "T4", "T5", "T6", "T7"}
     assert {case["task"] for case in measured} == tasks
-    for cases in (cpu_cases(), cuda_cases()):
+    for cases in (cpu_cases(1), cuda_cases()):
         assert {case.task for case in cases} == tasks
 
 
@@ -136,7 +138,10 @@ def test_ten_times_our_error_is_marked():
 
 def test_samples_share_nothing_but_the_head():
     case = next(case for case in CASES if case.task == "T4")
-    head = protocol_run._head_of(case, bench_of())
+    size = dataclasses.replace(
+        case.size, t=case.size.t * case.samples, n=case.size.n * case.samples
+    )
+    head = make_head(size, torch.float32)
     parts = protocol_run.parts(head, case)
     assert [part.size.n for part in parts] == [case.size.n] * case.samples
     for part in parts:
@@ -146,6 +151,30 @@ def test_samples_share_nothing_but_the_head():
     assert torch.equal(chosen, head.hidden[head.rows.long()])
     for name in ("targets", "row_weight"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(head, name))
+
+
+def test_memory_is_asked_for_where_the_case_wants_it(monkeypatch, measured):
+    asked = []
+    monkeypatch.setattr(
+        protocol_memory, "extra_bytes", lambda setup, **request: asked.append(request) or 7
+    )
+    cases = copy.deepcopy(measured)
+    protocol_memory.add_memory(cases)
+    for case in cases:
+        for result in case["results"]:
+            wanted = case.get("memory") and "missing" not in result
+            assert result.get("extra_bytes") == (7 if wanted else None)
+    assert all(request["size"] == [48, request["size"][1], 32, 100] for request in asked)
+
+
+def test_memory_of_a_provider_by_name():
+    """What a fresh process does for it."""
+    size = [48, 20, 32, 100]
+    warm_up, call = memory_calls(
+        "dLLM-style", work="weighted_step", size=size, dtype="bfloat16", threads=1
+    )
+    warm_up()
+    assert {tuple(tensor.shape) for tensor in call()} == {(20,), (48, 32)}
 
 
 def test_the_page_is_what_the_generator_makes():
