@@ -141,10 +141,11 @@ def chunk_logits(call: HeadCall, hidden_ND: Tensor, logits_NV: Tensor) -> None:
     """Before bias and temperature; minus infinity in forbidden columns."""
     head_logits(hidden_ND, call.weight_VD, logits_NV)
     if call.forbid_ids:
-        logits_NV.index_fill_(1, _column_index(call), float("-inf"))
+        logits_NV.index_fill_(1, column_index(call), float("-inf"))
 
 
-def _column_index(call: HeadCall) -> Tensor:
+def column_index(call: HeadCall) -> Tensor:
+    """The forbidden ids on the device."""
     key = (tuple(call.forbid_ids), call.device)
     if key not in _column_indices:
         if len(_column_indices) >= 64:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dlm_fast.ops._common import addresses, extension
 from dlm_fast.ops._cuda_head import Cotangents, Gradients, HeadCall, gradients, statistics
+from dlm_fast.ops._cuda_tokens import TokenDraw, choose_tokens, reads_head_directly
 from dlm_fast.ops._executor import executor_of
 from dlm_fast.ops._head_inputs import (
     IGNORED,
@@ -113,7 +114,11 @@ def _token_logprob(
     outputs = _empty_outputs(hidden, targets)
     call = cuda_call(hidden, weight, targets, rows, bias, temperature, forbid_ids)
     if call is not None:
-        statistics(call, dict(zip(FORWARD, outputs, strict=True)))
+        named = dict(zip(FORWARD, outputs, strict=True))
+        if reads_head_directly(call):
+            choose_tokens(call, TokenDraw(targets_N=targets, skip_ignored=True), named)
+        else:
+            statistics(call, named)
         return outputs
     extension().token_logprob_cpu(
         bound_inputs(hidden, weight, targets, rows, bias, temperature, forbid_ids),

@@ -16,16 +16,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dlm_fast.ops._common import addresses, extension, refuse_cuda
+from dlm_fast.ops._common import addresses, extension
+from dlm_fast.ops._cuda_tokens import TokenDraw, choose_tokens
 from dlm_fast.ops._head_inputs import (
     IGNORED,
     bound_inputs,
+    check_device,
     check_head_inputs,
     empty_rows,
     unit_stride,
 )
 from dlm_fast.ops._head_reference import allowed_logits_ref, entropy_ref
 from dlm_fast.ops.philox import Rng, gumbel, philox_uniform_ref
+from dlm_fast.ops.token_logprob import cuda_call
 
 
 class TokenStats(NamedTuple):
@@ -69,7 +72,7 @@ def token_stats(
     op = "token_stats"
     checked = check_head_inputs(op, hidden, weight, targets, rows, bias, forbid_ids)
     num_rows = hidden.shape[0] if checked.rows_N is None else checked.rows_N.shape[0]
-    _check_draw(op, temperature, top_k, top_p, rng, num_rows)
+    _check_draw(op, hidden, temperature, top_k, top_p, rng, num_rows)
     if temperature == 0:
         rng = None
     return TokenStats(
@@ -92,7 +95,13 @@ def token_stats(
 
 
 def _check_draw(
-    op: str, temperature: float, top_k: int, top_p: float, rng: Rng | None, num_rows: int
+    op: str,
+    hidden: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    rng: Rng | None,
+    num_rows: int,
 ) -> None:
     if not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
         raise ValueError(f"{op}: temperature must be a finite number >= 0, got {temperature!r}")
@@ -107,7 +116,7 @@ def _check_draw(
             f"{op}: temperature {temperature} draws tokens and needs rng=Rng.of(seed, "
             "Stream.TOKEN, sequence_ids), one entry per selected row"
         )
-    refuse_cuda(op, rng.keys, rng.position, rng.step)
+    check_device(op, hidden=hidden, keys=rng.keys, position=rng.position, step=rng.step)
     if rng.keys.shape[0] != num_rows:
         raise ValueError(
             f"{op}: rng has {rng.keys.shape[0]} entries for {num_rows} selected rows; "
@@ -144,7 +153,7 @@ def token_stats_ref(
         kept_N = targets != IGNORED
         logprob_N = logprob_NV.gather(1, targets.where(kept_N, 0)[:, None])[:, 0]
         logprob_N = logprob_N.where(kept_N, 0.0)
-    best_N2 = torch.zeros(len(logits_NV), 2, dtype=logits_NV.dtype)
+    best_N2 = logits_NV.new_zeros(len(logits_NV), 2)
     best_N2[:, : logits_NV.shape[1]] = logprob_NV.exp().topk(min(2, logits_NV.shape[1])).values
     return TokenStats(
         token_N,
@@ -180,7 +189,7 @@ def _filter_ref(tempered_NV: Tensor, top_k: int, top_p: float) -> Tensor:
     return torch.full_like(tempered_NV, -math.inf).scatter(-1, order_NV, sorted_NV)
 
 
-@torch.library.custom_op("dlm_fast::token_stats", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dlm_fast::token_stats", mutates_args=())
 def _token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -199,6 +208,38 @@ def _token_stats(
     hidden, weight = unit_stride(hidden), unit_stride(weight)
     outputs = _empty_outputs(hidden, rows)
     counters = [None if c is None else c.contiguous() for c in (keys, position, step)]
+    call = cuda_call(hidden, weight, None, rows, bias, 1.0, forbid_ids)
+    if call is not None and call.real == torch.float32:
+        chosen = TokenDraw(
+            targets_N=targets,
+            temperature=temperature or 1.0,
+            top_k=top_k,
+            top_p=top_p,
+            keys=counters[0],
+            position=counters[1],
+            step=counters[2],
+            draw=draw,
+        )
+        choose_tokens(call, chosen, dict(zip(TokenStats._fields, outputs, strict=True)))
+        return outputs
+    if call is not None:
+        # float64 is for checks, where speed and memory matter less: the definition
+        rng = None if keys is None else Rng(keys, position, step, draw)
+        truth = token_stats_ref(
+            hidden,
+            weight,
+            targets,
+            rows=rows,
+            bias=bias,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            forbid_ids=forbid_ids,
+            rng=rng,
+        )
+        for output, value in zip(outputs, truth, strict=True):
+            output.copy_(value)
+        return outputs
     extension().token_stats_cpu(
         bound_inputs(hidden, weight, targets, rows, bias, 1.0, forbid_ids),
         temperature,
