@@ -6,7 +6,7 @@ Letters: ``D`` width, ``V`` vocabulary, ``N`` selected rows.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class TokenDraw:
     position: Tensor | None = None
     step: Tensor | None = None
     draw: int = 0
-    skip_ignored: bool = field(default=False)
+    skip_ignored: bool = False
     """rows with target -100 are not read"""
 
     @property
@@ -55,7 +55,8 @@ def choose_tokens(call: HeadCall, draw: TokenDraw, outputs: dict[str, Tensor]) -
         _from_head(call, draw, outputs)
         return
     vocabulary = call.weight_VD.shape[0]
-    for chunk, logits_NV in logit_chunks(call):
+    # the kernel leaves forbidden columns out by itself
+    for chunk, logits_NV in logit_chunks(replace(call, forbid_ids=[])):
         rows = _bound(call, draw, outputs, chunk, of_logits=True)
         place = (logits_NV.data_ptr(), logits_NV.stride(0))
         top_k = 0 if draw.top_k >= vocabulary else draw.top_k
@@ -89,12 +90,12 @@ def _from_head(call: HeadCall, draw: TokenDraw, outputs: dict[str, Tensor]) -> N
 def _bound(
     call: HeadCall, draw: TokenDraw, outputs: dict[str, Tensor], chunk: Chunk, *, of_logits: bool
 ) -> object:
-    """The extension's view of rows. Logits are gathered already and have no forbidden columns."""
+    """The extension's view of rows; the rows of logits are gathered already."""
 
     def part(values_N: Tensor | None) -> Tensor | None:
         return None if values_N is None else values_N[chunk.rows]
 
-    forbidden = column_index(call) if call.forbid_ids and not of_logits else None
+    forbidden = column_index(call) if call.forbid_ids else None
     rows_N = None if of_logits else call.rows_N
     return extension().TokenRows(
         (chunk.valid, call.weight_VD.shape[0]),

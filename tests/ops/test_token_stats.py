@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from head_problems import LEVELS, SHAPES, problem, simd_level, threads
+from head_problems import BACKENDS, LEVELS, SHAPES, problem, simd_level, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,8 @@ TOLERANCE = {"confidence": 1e-5, "lse": 1e-4, "entropy": 2e-4, "margin": 1e-5, "
 
 
 def keyed(n, seed=0, **counters):
-    return Rng.of(seed, Stream.TOKEN, list(range(n))).at(**counters)
+    rng = Rng.of(seed, Stream.TOKEN, list(range(n))).to(torch.get_default_device())
+    return rng.at(**counters)
 
 
 def assert_close(p, with_targets=True, **options):
@@ -36,12 +37,14 @@ def assert_close(p, with_targets=True, **options):
     return ours
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_argmax_and_statistics(shape, dtype):
     assert_close(problem(*shape, dtype), with_targets=shape[0] % 2 == 0)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_draws_equal_the_definition(shape):
     p = problem(*shape)
@@ -49,7 +52,7 @@ def test_draws_equal_the_definition(shape):
     assert_close(p, temperature=1.3, rng=rng)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", BACKENDS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_every_instruction_set(level, dtype):
     with simd_level(level):
@@ -61,6 +64,7 @@ def test_every_instruction_set(level, dtype):
         assert_close(p, temperature=0.8, rng=keyed(43), top_k=5, top_p=0.8, **options)
 
 
+@pytest.mark.every_backend
 def test_float64_is_exact():
     p = problem(30, 70, 700, torch.float64, bias=True)
     for options in ({}, {"temperature": 2.0, "rng": keyed(30)}):
@@ -107,7 +111,7 @@ def identity_problem(logits_NV):
     return logits_NV.clone(), torch.eye(logits_NV.shape[1])
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", BACKENDS)
 def test_ties_and_extremes(level):
     v = 2100  # more than one cut of the vocabulary
     logits_NV = torch.zeros(5, v)
@@ -128,6 +132,7 @@ def test_ties_and_extremes(level):
     assert ours.lse[4].item() == 1e4
 
 
+@pytest.mark.every_backend
 def test_forbidden_columns_take_no_part():
     p = problem(30, 20, 90)
     best = token_stats(p.hidden, p.weight, rows=p.rows).token
@@ -144,7 +149,7 @@ def test_forbidden_columns_take_no_part():
     assert (one.entropy == 0).all() and (one.logprob == 0).all()
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", BACKENDS)
 def test_a_nan_row_poisons_only_itself(level):
     p = problem(40, 20, 300)
     options = {"rows": p.rows, "forbid_ids": [0]}
@@ -165,6 +170,7 @@ def test_a_nan_row_poisons_only_itself(level):
             assert ours.token[4] == 1  # the lowest allowed one: a token that exists
 
 
+@pytest.mark.every_backend
 def test_logprob_is_of_targets_or_of_the_token():
     p = problem(50, 30, 200)
     p.targets[::5] = -100
@@ -241,6 +247,7 @@ def test_draws_follow_the_distribution(level, options):
     assert statistic < freedom + 5 * math.sqrt(2 * freedom)
 
 
+@pytest.mark.every_backend
 def test_filters_keep_exactly_what_they_say():
     """Ties go to the lowest id; the smallest set that reaches the mass, at least one token."""
     logits_V = torch.tensor([1.0, 3.0, 3.0, 2.0, 3.0, -math.inf, 0.5, 2.0]).nan_to_num(neginf=-50)
@@ -268,6 +275,7 @@ def test_filters_keep_exactly_what_they_say():
         assert torch.equal(tokens, reference.token), options
 
 
+@pytest.mark.every_backend
 def test_a_wide_filter_of_a_large_vocabulary():
     """More kept columns than the first sorted stretch."""
     logits_V = torch.randn(5000, generator=torch.Generator().manual_seed(1)) / 10
@@ -297,6 +305,7 @@ def test_draws_are_named_by_their_counters():
         assert not torch.equal(draws["base"], draws[name])
 
 
+@pytest.mark.every_backend
 def test_no_gradient_and_no_rows():
     p = problem(5, 4, 7).leaves()
     assert not any(x.requires_grad for x in token_stats(*p.head, rows=p.rows))
