@@ -20,7 +20,7 @@ using Address = uintptr_t;
 // TokenRows((rows N, vocabulary V), temperature, (bias, rows, targets), skip_ignored,
 //           (forbidden, their number), (keys, position, step), draw, draw_temperature, outputs)
 //   temperature       of all outputs: z = (logit + bias) / temperature
-//   bias              float32 [V]; rows int32 [N], negative: no row, zeros come out;
+//   bias              float32 [V]; rows int32 [N]; NaN comes out for one outside;
 //                     targets int64 [N], -100: logprob 0 (with skip_ignored: no row)
 //   forbidden         int64, sorted, different, on the device
 //   keys              int64 [N]; 0: argmax. position, step int32 [N]; 0: zeros

@@ -14,9 +14,9 @@ struct TokenRows {
   float inverse, inverse_low;      // 1 / temperature in two parts, see RowStatsParams
   const device::Index* forbidden;  // [num_forbidden] sorted token ids
   int num_forbidden;
-  const int* rows;  // [N] row of hidden, negative: no row, all outputs are 0; null: row i is i
+  const int* rows;  // [N] row of hidden, NaN comes out for one outside; null: row i is i
   const device::Index* targets;  // [N], -100: logprob is 0; null: logprob is the token's
-  int skip_ignored;              // rows with target -100 are no rows
+  int skip_ignored;              // rows with target -100 are no rows: all outputs are 0
   // Noise; without keys the token is the argmax, the lowest id on ties.
   const device::Wide* keys;  // [N] or null
   const int* position;       // [N] or null: zeros

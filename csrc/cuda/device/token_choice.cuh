@@ -40,10 +40,13 @@ DLM_DEVICE Index target_of(const TokenRows& rows, int row) {
   return rows.targets ? rows.targets[row] : kIgnoredTarget;
 }
 
-// Row of hidden states; negative: none.
+constexpr int kOutside = 0x7FFFFFFF;  // behind every row
+
+// Row of hidden states; -1: none. A negative number is a mistake, as one behind the last row is.
 DLM_DEVICE int source_of(const TokenRows& rows, int row) {
   if (rows.skip_ignored && rows.targets && rows.targets[row] == kIgnoredTarget) return -1;
-  return rows.rows ? rows.rows[row] : row;
+  if (!rows.rows) return row;
+  return rows.rows[row] < 0 ? kOutside : rows.rows[row];
 }
 
 // A column in the race for the best score.
