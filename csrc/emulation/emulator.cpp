@@ -55,6 +55,7 @@ struct Block {
   std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, free_shared};
   Meeting barrier;
   std::vector<Warp> warps;
+  unsigned running = 0;  // threads that have not left
 };
 
 struct Copy {
@@ -179,15 +180,21 @@ bool may_run(const Fiber& fiber) {
                            " have left the kernel");
 }
 
+// All ones are NaN in every floating-point type.
+void poison(Block& block) {
+  if (machine->launch->shared_bytes)
+    std::memset(block.shared.get(), 0xFF, machine->launch->shared_bytes);
+}
+
 void set_up_block(unsigned rank, unsigned block_x, unsigned block_y) {
   const cuda::Launch& launch = *machine->launch;
   Block& block = machine->blocks[rank];
-  // Its own allocation of the exact size, so that the address sanitizer sees every step outside;
-  // all ones are NaN in every floating-point type.
+  // Its own allocation of the exact size, so that the address sanitizer sees every step outside.
   const std::size_t bytes = launch.shared_bytes;
   block.shared.reset(static_cast<unsigned char*>(::operator new(bytes, kSharedAlignment)));
-  if (bytes) std::memset(block.shared.get(), 0xFF, bytes);
+  poison(block);
   block.barrier = {0, launch.threads, 0};
+  block.running = launch.threads;
   block.warps = std::vector<Warp>(launch.threads / kWarp);
   for (Warp& warp : block.warps) warp.meeting.expected = kWarp;
   for (unsigned thread = 0; thread < launch.threads; ++thread) {
@@ -224,7 +231,10 @@ void run_fibers(Order order, std::mt19937_64& random) {
       fiber.state = State::kReady;
       resume(fiber);
       moved = true;
-      if (fiber.state == State::kDone) --left;
+      if (fiber.state != State::kDone) continue;
+      --left;
+      // a block that has left keeps nothing for others of its cluster
+      if (--fiber.block->running == 0) poison(*fiber.block);
     }
     if (!moved) report_stuck();
   }

@@ -132,6 +132,8 @@ DLM_DEVICE void take_a_ticket(const SelftestParams& params) {
 
 // --- clusters: every block gets the number that each block of its cluster keeps
 
+// A block that leaves before the others have read takes its shared memory along.
+template <bool kStay>
 DLM_DEVICE void visit_cluster(const SelftestParams& params) {
   float* mine = reinterpret_cast<float*>(shared_bytes());
   if (thread_index() == 0) mine[1] = static_cast<float>(100 * block_y() + block_x());
@@ -140,7 +142,7 @@ DLM_DEVICE void visit_cluster(const SelftestParams& params) {
     if (thread_index() == 0)
       static_cast<float*>(params.output)[(block_y() * grid_x() + block_x()) * params.count + rank] =
           cluster_load(mine + 1, rank);
-  sync_cluster();
+  if (kStay) sync_cluster();
 }
 
 // --- arithmetic
@@ -213,7 +215,8 @@ DLM_DEVICE void multiply_tiles(const SelftestParams& params) {
   DLM_SELFTEST(KERNEL, exchange_words, exchange_words)                     \
   DLM_SELFTEST(KERNEL, exchange_doubles, exchange_doubles)                 \
   DLM_SELFTEST(KERNEL, take_a_ticket, take_a_ticket)                       \
-  DLM_SELFTEST(KERNEL, visit_cluster, visit_cluster)                       \
+  DLM_SELFTEST(KERNEL, visit_cluster, visit_cluster<true>)                 \
+  DLM_SELFTEST(KERNEL, visit_cluster_and_leave, visit_cluster<false>)      \
   DLM_SELFTEST(KERNEL, widen_halves, widen_halves)                         \
   DLM_SELFTEST(KERNEL, widen_bfloat16, widen_bfloat16)                     \
   DLM_SELFTEST(KERNEL, narrow_halves, narrow<Float16>)                     \

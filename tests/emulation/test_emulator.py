@@ -170,6 +170,14 @@ def test_blocks_of_a_cluster_read_each_other(order):
     assert torch.equal(out, want)
 
 
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_a_block_that_leaves_early_keeps_nothing_for_its_cluster(order):
+    out = torch.zeros(2, 6, 3)
+    options = {"order": order, "grid": (6, 2), "cluster": 3, "shared": 8, "count": 3}
+    launch("visit_cluster_and_leave", out, **options)
+    assert out.isnan().any()
+
+
 # --- order of turns
 
 

@@ -185,11 +185,11 @@ def test_wide_logits_do_not_overflow(executor, real, top):
 
 @pytest.mark.parametrize(("real", "top"), STATISTICS)
 def test_nan_and_rows_of_minus_infinity(executor, real, top):
-    logits = torch.zeros(4, 600, dtype=real)
+    logits = torch.zeros(5, 600, dtype=real)
     logits[0, 599] = torch.nan
     logits[1] = -torch.inf
     logits[2, 3:] = -torch.inf
-    p = Problem(with_stride(logits), torch.tensor([0, 0, 5, 600]), None, 0.5)
+    p = Problem(with_stride(logits), torch.tensor([0, 0, 5, 600, -1]), None, 0.5)
     got = run_statistics(executor, p, top)
     for name in ("logprob", "lse", "entropy", "confidence"):
         assert got[name][0].isnan(), name
@@ -198,9 +198,9 @@ def test_nan_and_rows_of_minus_infinity(executor, real, top):
     assert got["logprob"][2] == -torch.inf and got["entropy"][2].allclose(
         torch.tensor(3.0, dtype=real).log()
     )
-    assert got["logprob"][3].isnan() and got["lse"][3].isfinite(), "a target outside"
+    assert got["logprob"][3:].isnan().all() and got["lse"][3:].isfinite().all(), "targets outside"
     if top:
-        assert got["argmax"][1:, 0].tolist() == [-1, 0, 0]
+        assert got["argmax"][1:, 0].tolist() == [-1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(("real", "top"), STATISTICS)
@@ -211,6 +211,18 @@ def test_targets_bias_and_outputs_may_be_left_out(executor, real, top):
     check(run_statistics(executor, p, top), want, real)
     for name in OUTPUTS[: 8 if top else 6]:
         check(run_statistics(executor, p, top, (name,)), want, real)
+
+
+@pytest.mark.parametrize(("real", "top"), STATISTICS)
+def test_nothing_is_read_outside_of_the_logits(executor, real, top):
+    """Of tensors of the exact size, so that the address sanitizer sees a step outside."""
+    logits = torch.arange(24, dtype=real).reshape(2, 12)
+    bias = torch.ones(12, dtype=real)
+    for targets in (None, torch.tensor([-1, 12])):
+        p = Problem(logits, targets, bias, 1.0)
+        got = run_statistics(executor, p, top)
+        torch.testing.assert_close(got["lse"][:, 0].double(), p.z().logsumexp(-1))
+        assert got["logprob"].isnan().all() if targets is not None else (got["logprob"] == 0).all()
 
 
 class Gradient(NamedTuple):
@@ -344,13 +356,13 @@ def test_missing_cotangents_are_zero(executor, known, real, stored, part):
 def test_nan_stays_in_its_row(executor, known, real, stored):
     """A row without a cotangent is cleared whatever it holds; one with a cotangent shows it."""
     p = problem(real, 97, 1.0)
-    p.targets_N[[4, 6]] = torch.tensor([0, 97])  # and a target outside
+    p.targets_N[[4, 6, 7]] = torch.tensor([0, 97, -1])  # and targets outside
     p.logits_NV[[0, 1, 5], 3] = torch.nan
     grad = gradient_of(real, len(p.logits_NV))
     out, _, _ = run_gradient(executor, p, grad, stored, known=known)
-    assert out[[0, 6]].isnan().all()
+    assert out[[0, 6, 7]].isnan().all()
     assert (out[[1, 5]] == 0).all()
-    assert out[[2, 3, 4, 7]].isfinite().all()
+    assert out[[2, 3, 4]].isfinite().all()
 
 
 @pytest.mark.parametrize("top", [False, True])
