@@ -32,9 +32,9 @@ skip() { # STAGE REASON...
   note "$1" skipped 0 "${*:2}"
 }
 
-# stage NAME SECONDS COMMAND...: what is left of the whole time is the upper limit of every stage.
+# stage NAME PERCENT COMMAND...: its time limit is a share of the whole, and at most what is left.
 stage() {
-  local name=$1 seconds=$2 start=$SECONDS status left=$((limit - SECONDS))
+  local name=$1 seconds=$((limit * $2 / 100)) start=$SECONDS status left=$((limit - SECONDS))
   shift 2
   if [ "$left" -lt 5 ]; then
     skip "$name" "the time was over"
@@ -63,7 +63,8 @@ fi
 
 # --- what is here
 facts() {
-  "$python" - <<'PYTHON'
+  local status=0
+  "$python" - <<'PYTHON' || status=1
 import importlib.util
 import platform
 
@@ -80,22 +81,22 @@ PYTHON
   has nvidia-smi && nvidia-smi
   has nvcc && nvcc --version
   has compute-sanitizer && compute-sanitizer --version
-  true
+  return $status
 }
 export -f facts has
 export python
-stage facts 60 bash -c facts || true
+stage facts 10 bash -c facts || true
 
 # --- build: from this source, into a folder of its own, nothing fetched
 site=$out/site
 cuda=OFF
 if has nvcc || [ -n "${CUDACXX:-}" ]; then cuda=ON; fi
 cuda=${DLM_CUDA:-$cuda}
-if stage build 240 "$python" -m pip install --no-build-isolation --no-deps --no-index \
+if stage build 42 "$python" -m pip install --no-build-isolation --no-deps --no-index \
   --upgrade --target "$site" -C cmake.define.DLM_CUDA="$cuda" .; then
   export PYTHONPATH=$site
   # -P: the source tree in the working directory must not shadow what was installed
-  stage import 60 "$python" -P -c '
+  stage import 10 "$python" -P -c '
 import sys
 
 import dlm_fast.ops
@@ -122,7 +123,7 @@ can_run() {
 }
 
 # --- values of every op against its definition; then the tests marked cuda
-if can_run kernels; then stage kernels 60 "$python" benches/every_kernel.py; fi
+if can_run kernels; then stage kernels 12 "$python" benches/every_kernel.py; fi
 if ! "$python" -c 'import pytest' 2>/dev/null; then
   skip tests "pytest is not installed; stage kernels compares values without it"
 elif can_run tests; then
@@ -136,7 +137,7 @@ elif can_run tests; then
     echo "hypothesis is not installed: its tests are skipped" | tee -a "$summary"
   fi
   mapfile -t files < <(grep -rlE 'mark\.(every_backend|cuda)' tests --include='test_*.py' | sort)
-  stage tests 150 env PYTHONPATH="$path" "$python" -P -m pytest "${options[@]}" "${files[@]}"
+  stage tests 28 env PYTHONPATH="$path" "$python" -P -m pytest "${options[@]}" "${files[@]}"
 fi
 
 # --- sanitizer: small shapes, every kernel
@@ -144,7 +145,7 @@ for tool in memcheck racecheck; do
   if ! has compute-sanitizer; then
     skip $tool "compute-sanitizer is not on PATH"
   elif can_run $tool; then
-    stage $tool 60 compute-sanitizer --tool $tool --error-exitcode 9 \
+    stage $tool 10 compute-sanitizer --tool $tool --error-exitcode 9 \
       "$python" benches/every_kernel.py
   fi
 done
@@ -152,7 +153,7 @@ done
 # --- benchmarks: what was measured when the time is over stays
 if can_run benchmarks; then
   left=$((limit - SECONDS))
-  stage benchmarks "$left" "$python" benches/protocol.py --device cuda --rounds 30 --patience 2 \
+  stage benchmarks 100 "$python" benches/protocol.py --device cuda --rounds 30 --patience 2 \
     --budget $((left > 60 ? left - 40 : 20)) --out "$out/protocol_cuda.json"
 fi
 

@@ -36,6 +36,7 @@ TASKS = {
     "T1+": "Log-probability, lse, entropy, most likely token and its confidence",
     "T2": "A step whose weights are known: log-probabilities, hidden gradient, head's gradient "
     "added to a float32 buffer",
+    "T2B": "The same with fresh gradients in the types of the inputs",
     "T3": "A step whose weights come after the forward pass, same results",
     "T4": "Monte-Carlo: 16 micro-steps into one float32 gradient",
 }
@@ -54,6 +55,8 @@ def render(results: Path = RESULTS) -> str:
         else "No GPU has been measured yet, so this table is empty. On a machine with one: "
         "`bash benches/gpu_check.sh OUT`, or `python benches/protocol.py --device cuda` alone.\n"
     )
+    if update := _load(results / "bgpo_update.json"):
+        parts.append(_update(update))
     parts.append(_providers([found for found in (cpu, cuda) if found]))
     return "\n".join(parts)
 
@@ -316,6 +319,27 @@ def _layers(found: dict[str, Any], cases: list[Case]) -> list[str]:
             f"{dtype}\n\n" + table([*header, *(f"error {ERRORS[name]}" for name in names)], rows)
         )
     return text
+
+
+def _update(found: dict[str, Any]) -> str:
+    """An optimizer step of BGPO before and after the head's gradient is made in place."""
+    rows = [
+        [
+            *(row["size"], row["precision"]),
+            *(ms(row["seconds"][kind]) for kind in ("autograd", "in_place")),
+            f"{row['ratio']:.2f}",
+            f"{row['metrics_differ_by']:.1e}",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["size", "precision", "before, ms", "after, ms", "faster by", "metrics differ by"]
+    return (
+        "## BGPO's optimizer step\n\n"
+        "Before: the head's gradient by autograd, one whole gradient for each micro-batch. After: "
+        f"added in place. Process CPU time, median of {found['rounds']}, {found['threads']} "
+        f"thread(s), torch {found['versions']['torch']}. Command: `python benches/bgpo_update.py`."
+        "\n\n" + table(header, rows)
+    )
 
 
 def _providers(all_found: list[dict[str, Any]]) -> str:

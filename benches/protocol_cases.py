@@ -1,6 +1,7 @@
 """The cases of the protocol: which task, on which head or layer, in which type, by whom.
 
-T1 log-probabilities, T1+ with all statistics, T2 a step whose weights are known, T3 a step whose
+T1 log-probabilities, T1+ with all statistics, T2 a step whose weights are known (T2B: with fresh
+gradients in the types of the inputs), T3 a step whose
 weights come later, T4 many samples into one gradient, T5 shares of masked positions, T6 decoding,
 T7 gradients of a linear layer over samples.
 """
@@ -90,6 +91,16 @@ def cpu_cases(threads: int) -> list[Case]:
     ]
     if threads > 1:
         return cases
+    cases += [
+        HeadCase(
+            task="T2B",
+            work="gradients",
+            size=REFERENCE,
+            dtype=dtype,
+            providers=(*KEY_PROVIDERS, "dlm_fast, token_logprob"),
+        )
+        for dtype in dtypes
+    ]
     cases += _decoding(REFERENCE, dtypes)
     cases += _masking(512, REFERENCE, dtypes, ("dlm_fast", "dLLM-style", GATHERING, EVERYWHERE))
     # a quarter of the widths and lengths of a 7B model's layer, and of its head
