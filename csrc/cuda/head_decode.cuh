@@ -83,7 +83,7 @@ DLM_DEVICE DecodePartial examine(const HeadDecodeParams& params, const DecodeRow
                ? -infinity_of<float>()
                : tempered(logit[i] + columns.bias[i], rows.inverse, rows.inverse_low);
     add_column<float, true>(state, z[i], columns.first + i);
-    if (token < rows.count && columns.first + i == row.target) params.target_logit[token] = z[i];
+    if (columns.first + i == row.target) params.target_logit[token] = z[i];
   }
   if (!rows.keys) return partial_of(state, no_candidate());
   const RowNoise noise = {philox_key(row.key), row.position, row.step, rows.draw};
@@ -95,10 +95,10 @@ DLM_DEVICE DecodePartial merge(const DecodePartial& left, const DecodePartial& r
                     better_of(candidate_of(left), candidate_of(right)));
 }
 
-// Of this lane and the one whose number differs in the bit; the lower one comes first in both.
+// Of this lane and the one whose number differs in the bit. Both get the same bits: a merge does
+// not change when its sides change places.
 DLM_DEVICE DecodePartial merge_across(const DecodePartial& mine, unsigned mask) {
-  const DecodePartial other = shuffle_struct_xor(mine, mask);
-  return thread_index() & mask ? merge(other, mine) : merge(mine, other);
+  return merge(mine, shuffle_struct_xor(mine, mask));
 }
 
 // One split's sums become one partial result per token. A warp may lie behind the vocabulary.
