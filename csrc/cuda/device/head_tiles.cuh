@@ -17,38 +17,33 @@ constexpr int kWarpRows = kDecodeSplit / (kDecodeThreads / static_cast<int>(kWar
 constexpr int kTokens = 8;  // columns of a matrix instruction
 static_assert(kWarpRows == 32, "a thread holds four neighbouring vocabulary rows");
 
-struct alignas(kChunkBytes) Words {
-  unsigned word[kChunkBytes / 4];
-};
 template <typename Element>
 struct alignas(kChunkBytes) Chunk {
   Element value[kChunkBytes / sizeof(Element)];
 };
 
 // Where a chunk of a tile's row lies. The order of a row's chunks differs from row to row, so that
-// the eight lanes which read together meet all banks once: rows r, r + 1 or r, r + 4 with four
-// chunks each, or one chunk of eight rows.
+// eight lanes which read one chunk each of eight neighbouring rows, or of every fourth of 32, meet
+// all banks once.
 DLM_DEVICE int chunk_place(int row, int chunk) {
-  return row * kDecodeTileBytes + ((chunk ^ row ^ (row << 2)) & (kRowChunks - 1)) * kChunkBytes;
+  return row * kDecodeTileBytes + ((chunk ^ row ^ (row >> 2)) & (kRowChunks - 1)) * kChunkBytes;
 }
 
-template <typename T>
-DLM_DEVICE T load_chunk(const unsigned char* tile, int row, int chunk) {
-  return *reinterpret_cast<const T*>(tile + chunk_place(row, chunk));
+DLM_DEVICE Chunk<float> load_chunk(const unsigned char* tile, int row, int chunk) {
+  return *reinterpret_cast<const Chunk<float>*>(tile + chunk_place(row, chunk));
 }
 
-// Zeros behind the width, and without a row. What is not a whole aligned chunk is copied number by
-// number, at once.
+// Zeros behind the width, and without a row. What is not a `whole` aligned chunk is copied number
+// by number, at once.
 template <typename Element>
 DLM_DEVICE void copy_chunk(unsigned char* place, const Element* row, Index column, int width,
-                           bool aligned) {
-  constexpr int kCount = kChunkBytes / sizeof(Element);
-  if (row && aligned && column + kCount <= width) {
+                           bool whole) {
+  if (row && whole) {
     copy_async_16(place, row + column);
     return;
   }
   Chunk<Element> chunk;
-  for (int i = 0; i < kCount; ++i)
+  for (int i = 0; i < static_cast<int>(kChunkBytes / sizeof(Element)); ++i)
     chunk.value[i] = row && column + i < width ? row[column + i] : Element{};
   *reinterpret_cast<Chunk<Element>*>(place) = chunk;
 }
@@ -74,6 +69,7 @@ DLM_DEVICE void wait_for_oldest(int stages) {
 template <typename Element, int kTiles>
 struct TileStream {
   static constexpr int kTileWidth = kDecodeTileBytes / sizeof(Element);
+  static constexpr int kChunkWidth = kChunkBytes / sizeof(Element);
   static constexpr int kRowsAtOnce = kDecodeThreads / kRowChunks;  // eight threads copy one row
   static constexpr int kHiddenTurns = (kTiles * kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
   static constexpr int kWeightBytes = kDecodeSplit * kDecodeTileBytes;
@@ -123,23 +119,25 @@ struct TileStream {
   // One group of copies, an empty one behind the end.
   DLM_DEVICE void copy_next() {
     if (split < splits()) {
-      unsigned char* weight_to = stages + slot * kStageBytes;
-      const Index column = Index{tile} * kTileWidth + chunk * (kChunkBytes / sizeof(Element));
+      unsigned char* to = stages + slot * kStageBytes + chunk_place(row, chunk);
+      const Index column = Index{tile} * kTileWidth + chunk * kChunkWidth;
+      const bool inside = column + kChunkWidth <= params.width;
+      const Index first_id = Index{split} * kDecodeSplit + row;
+      const Element* from =
+          static_cast<const Element*>(params.weight) + first_id * params.weight_stride;
       DLM_UNROLL
       for (int first = 0; first < kDecodeSplit; first += kRowsAtOnce) {
-        const Index id = Index{split} * kDecodeSplit + first + row;
-        const Element* from =
-            static_cast<const Element*>(params.weight) + id * params.weight_stride;
-        copy_chunk(weight_to + chunk_place(first + row, chunk),
-                   id < params.rows.vocabulary ? from : nullptr, column, params.width,
-                   params.weight_aligned);
+        const bool exists = first_id + first < params.rows.vocabulary;
+        copy_chunk(to + first * kDecodeTileBytes, exists ? from : nullptr, column, params.width,
+                   inside && params.weight_aligned);
+        if (exists) from += kRowsAtOnce * params.weight_stride;
       }
+      to += kWeightBytes;
       DLM_UNROLL
       for (int turn = 0; turn < kHiddenTurns; ++turn) {
-        const int token = row + turn * kRowsAtOnce;
-        if (token < kTiles * kTokens)
-          copy_chunk(weight_to + kWeightBytes + chunk_place(token, chunk), hidden[turn], column,
-                     params.width, params.hidden_aligned);
+        if (row + turn * kRowsAtOnce < kTiles * kTokens)
+          copy_chunk(to + turn * kRowsAtOnce * kDecodeTileBytes, hidden[turn], column, params.width,
+                     inside && params.hidden_aligned);
       }
       if (++tile == tiles()) {
         tile = 0;
@@ -162,33 +160,32 @@ DLM_DEVICE void multiply_16(float (&d)[4], const unsigned (&a)[4], const unsigne
 
 // Adds the products of one tile. A thread's sums belong to the vocabulary rows
 // warp * 32 + lane / 4 * 4 + {0, 1, 2, 3}, which share a block of noise, and in tile j of tokens to
-// 8 j + lane % 4 * 2 + {0, 1}: sums[r / 2][j][r % 2 * 2 + token]. Rows and numbers of a row may
-// stand in any order in a matrix instruction, as long as both factors agree: so every lane reads
-// whole chunks.
+// 8 j + lane % 4 * 2 + {0, 1}: sums[r / 2][j][r % 2 * 2 + token]. An instruction's 16 rows may be
+// any: they are every fourth one and their neighbours.
 template <int kTiles, typename Element>
 DLM_DEVICE void add_products(const unsigned char* weight, const unsigned char* hidden,
                              float (&sums)[2][kTiles][4], Element type) {
-  const int lane = static_cast<int>(thread_index() % kWarp), group = lane / 4;
-  const int first = static_cast<int>(thread_index() / kWarp) * kWarpRows + group * 4;
+  const int lane = static_cast<int>(thread_index() % kWarp);
+  const int matrix = lane / 8, matrix_row = lane % 8;  // that this lane points to
+  const int first = static_cast<int>(thread_index() / kWarp) * kWarpRows + matrix_row * 4;
+  // Four chunks, two depths of 16, at a time.
   DLM_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const int chunk = half * 4 + lane % 4;
-    Words row[4];
+  for (int chunk = 0; chunk < kRowChunks; chunk += 4) {
+    unsigned a[2][2][4];  // [depth][rows 0 and 1, rows 2 and 3]
     DLM_UNROLL
-    for (int r = 0; r < 4; ++r) row[r] = load_chunk<Words>(weight, first + r, chunk);
+    for (int i = 0; i < 4; ++i) {
+      const int row = first + i % 2 * 2 + matrix % 2;
+      load_matrices(a[i / 2][i % 2], weight + chunk_place(row, chunk + i / 2 * 2 + matrix / 2));
+    }
     DLM_UNROLL
     for (int j = 0; j < kTiles; ++j) {
-      const Words token = load_chunk<Words>(hidden, j * kTokens + group, chunk);
+      unsigned b[4];
+      load_matrices(b, hidden + chunk_place(j * kTokens + matrix_row, chunk + matrix));
       DLM_UNROLL
-      for (int part = 0; part < 4; part += 2) {
-        const unsigned b[2] = {token.word[part], token.word[part + 1]};
-        DLM_UNROLL
-        for (int m = 0; m < 2; ++m) {
-          const Words &low = row[2 * m], &high = row[2 * m + 1];
-          const unsigned a[4] = {low.word[part], high.word[part], low.word[part + 1],
-                                 high.word[part + 1]};
-          multiply_16(sums[m][j], a, b, type);
-        }
+      for (int depth = 0; depth < 2; ++depth) {
+        const unsigned pair[2] = {b[2 * depth], b[2 * depth + 1]};
+        multiply_16(sums[0][j], a[depth][0], pair, type);
+        multiply_16(sums[1][j], a[depth][1], pair, type);
       }
     }
   }
@@ -204,13 +201,12 @@ DLM_DEVICE void add_products(const unsigned char* weight, const unsigned char* h
   for (int chunk = 0; chunk < kRowChunks; ++chunk) {
     Chunk<float> row[4];
     DLM_UNROLL
-    for (int r = 0; r < 4; ++r) row[r] = load_chunk<Chunk<float>>(weight, first + r, chunk);
+    for (int r = 0; r < 4; ++r) row[r] = load_chunk(weight, first + r, chunk);
     DLM_UNROLL
     for (int j = 0; j < kTiles; ++j) {
       DLM_UNROLL
       for (int token = 0; token < 2; ++token) {
-        const auto column =
-            load_chunk<Chunk<float>>(hidden, j * kTokens + lane % 4 * 2 + token, chunk);
+        const Chunk<float> column = load_chunk(hidden, j * kTokens + lane % 4 * 2 + token, chunk);
         DLM_UNROLL
         for (int r = 0; r < 4; ++r) {
           float& sum = sums[r / 2][j][r % 2 * 2 + token];

@@ -132,6 +132,16 @@ DLM_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+// --- four 8x8 matrices of 16-bit numbers from shared memory: lane 8 i + r points to row r of
+// matrix i, 16 bytes; d[i] gets the numbers 2 (lane % 4) and the next one of its row lane / 4
+DLM_DEVICE void load_matrices(unsigned (&d)[4], const void* row) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(address)
+               : "memory");
+}
+
 // --- matrix instructions: d [16, 8] += a [16, 16] b [16, 8], fragments as the PTX manual has them
 DLM_DEVICE void mma_16x8x16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   asm volatile(

@@ -138,6 +138,16 @@ inline unsigned count_bits(unsigned bits) {
 float half_to_float(unsigned short bits);
 unsigned short float_to_half(float value);
 
+inline void load_matrices(unsigned (&d)[4], const void* row) {
+  const unsigned char* slots = emulation::exchange(&row, sizeof(row));
+  const unsigned lane = thread_index() % kWarp;
+  for (unsigned i = 0; i < 4; ++i) {
+    const auto* from =
+        static_cast<const unsigned char*>(exchanged<const void*>(slots, 8 * i + lane / 4));
+    std::memcpy(&d[i], from + lane % 4 * 4, 4);
+  }
+}
+
 // What the lanes of a warp hold of the two factors: a [16, 16] by rows, b [16, 8] by columns.
 struct MmaFragments {
   unsigned a[4];
