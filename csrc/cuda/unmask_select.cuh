@@ -94,11 +94,11 @@ DLM_DEVICE UnmaskScratch<Score> unmask_scratch(const UnmaskSelectParams& params,
 }
 
 // Clears the row's output, counts candidates and keeps the entries of those that fit, in any order.
+// The counters are zero before.
 template <typename Score>
 DLM_DEVICE UnmaskCounters gather_candidates(const UnmaskRow<Score>& row,
                                             const UnmaskScratch<Score>& scratch, bool* selected) {
-  if (thread_index() == 0) *scratch.counters = {0, 0, 0};
-  sync_block();
+  sync_block();  // the counters are cleared, and all have read what the last call left
   unsigned passing = 0;
   for (unsigned first = 0; first < row.length; first += thread_count()) {
     const unsigned i = first + thread_index();
@@ -216,13 +216,13 @@ DLM_DEVICE void unmask_select(const UnmaskSelectParams& params) {
   UnmaskRow<Score> row = unmask_row<Score>(params, block_x());
   const UnmaskScratch<Score> scratch = unmask_scratch<Score>(params, block_x());
   bool* selected = params.selected + static_cast<Index>(block_x()) * row.length;
+  if (thread_index() == 0) *scratch.counters = {0, 0, 0};
   UnmaskCounters found = gather_candidates(row, scratch, selected);
   if (found.candidates == 0) {
     // Nothing, or nothing but NaN: then the leftmost position, or the loop would never end.
     row.rule = UnmaskRule::kSequential;
     row.nan_counts = true;
     row.quota = 1;
-    sync_block();  // all have read the counters
     found = gather_candidates(row, scratch, selected);
     if (found.candidates == 0) return;
   }
