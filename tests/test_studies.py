@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import statistics
 from pathlib import Path
 from types import ModuleType
 
@@ -33,11 +35,53 @@ def check_bgpo_sudoku(results: list[dict]) -> None:
         assert result["control_curve"][0] == result["curve"][0], "the same warm start"
 
 
+def check_gradient_noise(found: dict) -> None:
+    assert [result["seed"] for result in found["seeds"]] == [0, 1, 2]
+    assert found["versions"]["torch"] and found["machine"]["processor"]
+    for result in [*(r["samplers"] for r in found["seeds"]), found["all_seeds"]]:
+        value, low, high = result["l_iid"]["slope"]
+        assert low <= -0.5 <= high and high - low < 0.2, "independent masks: -1/2"
+        value, low, high = result["coupled"]["ratio"]
+        assert value < 1, "pairs of complements are quieter than independent masks"
+    assert high < 1, "and, over all seeds, beyond the interval"
+
+
+def check_report(found: dict) -> None:
+    """Slopes and ratios of each seed follow from the noise of its cells."""
+    for result in found["seeds"]:
+        noise = {
+            name: {cell["num_samples"]: cell["noise"][0] for cell in row["cells"]}
+            for name, row in result["samplers"].items()
+        }
+        for name, row in result["samplers"].items():
+            assert set(noise[name]) == {n for n in found["options"]["samples"] if n > 1} | (
+                set() if name.startswith("coupled") else {1}
+            )
+            x = [math.log(n) for n in noise[name]]
+            y = [math.log(value) for value in noise[name].values()]
+            assert row["slope"][0] == pytest.approx(statistics.linear_regression(x, y).slope)
+            if name != "l_iid":
+                logs = [math.log(v / noise["l_iid"][n]) for n, v in noise[name].items()]
+                assert row["ratio"][0] == pytest.approx(math.exp(statistics.fmean(logs)))
+
+
 @pytest.mark.study
 @pytest.mark.timeout(3600)
 def test_bgpo_learns_sudoku_and_shuffled_rewards_do_not(tmp_path):
     study = load_study("bgpo_sudoku")
     check_bgpo_sudoku(study.study((0, 1, 2), tmp_path)["results"])
+
+
+@pytest.mark.study
+@pytest.mark.timeout(7200)
+def test_gradient_noise_falls_as_theory_says():
+    check_gradient_noise(load_study("gradient_noise").study((0, 1, 2)))
+
+
+def test_committed_study_of_gradient_noise():
+    found = json.loads((RESULTS / "study_gradient_noise.json").read_text())
+    check_gradient_noise(found)
+    check_report(found)
 
 
 def test_committed_study_of_bgpo():

@@ -71,7 +71,7 @@ class Config:
     """Monte Carlo masks per response"""
     sampler: Sampler = "l_strat"
     """how masks are drawn. l_strat: stratified numbers of masked tokens. coupled_strat: the same in
-    complementary pairs, about half the gradient variance. l_iid, coupled: without strata.
+    complementary pairs, the quietest gradients. l_iid, coupled: without strata.
     l_linspace: strata as published, biased unless num_samples divides the length. bern_t: each
     token with probability t. quad_t: Gauss-Legendre nodes, biased"""
     bound: Literal["both", "taylor_only", "jensen_only", "exact_two_pass"] = "both"
