@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from dlm_fast.models.linear import Linear
 from dlm_fast.ops.interval_attention import segment_attention
 from dlm_fast.ops.visibility import Visibility
 
@@ -73,6 +74,8 @@ def empty_backbone(model_class: type[PreTrainedModel], config: PreTrainedConfig)
             if type(child).__name__.endswith("RMSNorm"):
                 assert isinstance(child.weight, nn.Parameter)
                 setattr(parent, name, RMSNorm(child.weight, float(child.variance_epsilon)))  # type: ignore[arg-type]
+            elif type(child) is nn.Linear:
+                setattr(parent, name, Linear.like(child))
     # without a mask function of ours Transformers drops the mask before it reaches the attention
     backbone.register_forward_pre_hook(_refuse_mask_argument, with_kwargs=True)
     return backbone
