@@ -163,5 +163,6 @@ def _legend(options: GradientNoiseOptions, measurements: list[Measurement]) -> s
         f"{', '.join(map(str, responses))} responses with an advantage. slope: of log noise over "
         "log n. to l_iid: noise over that of l_iid at the same n. bias: distance of the mean "
         "gradient from the reference at the largest n, over its norm; <: not told from noise. "
-        "In brackets 95 % intervals over repetitions"
+        "In brackets 95 % intervals over repetitions, too narrow where few of them missed the rare "
+        "large gradients: raise --repetitions for numbers to rely on"
     )

@@ -56,7 +56,8 @@ class NoiseConfig:
     samples: tuple[int, ...] = (1, 2, 4, 8, 16)
     """numbers n of masks per response; samplers of pairs skip the odd ones"""
     repetitions: int = 8
-    """fresh sets of masks per sampler and n"""
+    """fresh sets of masks per sampler and n; a few of them may miss the rare large gradients, and
+    then both noise and interval come out too small"""
     prompts: int = 2
     """prompts of the batch"""
     group_size: int = 4
