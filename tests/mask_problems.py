@@ -80,17 +80,17 @@ def check_ragged(run: Run, sampler: str, lengths: list[int]) -> None:
         )
 
 
-def check_every_count(run: Run, size: int) -> None:
-    """Copies that mask 0, 1, ... all of their tokens, on both sides of a pair: the smallest keys,
-    the rest, and nothing else."""
+def check_every_count(run: Run, size: int, last: int = 0) -> None:
+    """Copies that mask 0, 1, ... all of their tokens (the `last` of these, where given), on both
+    sides of a pair: the smallest keys, the rest, and nothing else."""
     token_ids, maskable = random_batch(2, size)
     length = int(maskable[0].sum())
     maskable[1] = maskable[0]
-    counts = torch.arange(length + 1, dtype=torch.int32).expand(2, -1)
+    counts = torch.arange(length + 1, dtype=torch.int32)[-last:].expand(2, -1)
     start, keys = torch.tensor([0, size, 2 * size]), rng_of(2).keys
     flat = (token_ids.reshape(-1), maskable.reshape(-1), start, keys)
     for paired in (False, True):
-        samples = [2 * length + 2, 0 if paired else 3, length + 1, 9]
+        samples = [2 * length + 2, 0 if paired else 3, counts.shape[1], 9]
         args = (*flat, counts, MASK, paired, samples, int(counts.sum()))
         fill = torch.ops.dlm_fast.mask_fill
         for ours, theirs in zip(run(_call, fill, *args), fill(*args), strict=True):

@@ -31,6 +31,12 @@ def test_every_count(run):
     check_every_count(run, 40)
 
 
+@pytest.mark.covers("mask_fill")
+def test_nearly_all_of_many_tokens(run):
+    """The last chosen keys begin with the largest digits."""
+    check_every_count(run, 1500, last=3)
+
+
 @settings(max_examples=80, deadline=None)
 @given(calls(), st.sampled_from(Emulated.ORDERS), st.integers(0, 2**16))
 def test_equals_the_definition(call, order, seed):
