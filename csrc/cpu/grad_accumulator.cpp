@@ -9,7 +9,6 @@
 #include "common/parallel_for.h"
 #include "cpu/grad_accumulator_kernels.h"
 #include "cpu/vec_portable.h"
-#include "dlm_fast/check.h"
 #include "dlm_fast/cpu_features.h"
 
 namespace dlm_fast::cpu {
@@ -72,20 +71,10 @@ int64_t bytes_of(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : (dtype == Dtype::kFloat32 ? 4 : 2);
 }
 
-void check(const AxpyTensor& tensor) {
-  const bool main64 = tensor.main_dtype == Dtype::kFloat64;
-  DLM_CHECK(main64 == (tensor.grad_dtype == Dtype::kFloat64),
-            "axpy_multi: float64 gradients need float64 main gradients, and the other way round");
-  DLM_CHECK(main64 || tensor.main_dtype == Dtype::kFloat32 || tensor.main_dtype == Dtype::kBFloat16,
-            "axpy_multi: main gradients must be float64, float32 or bfloat16");
-  DLM_CHECK(tensor.size >= 0, "axpy_multi: sizes must not be negative");
-  DLM_CHECK(tensor.size == 0 || (tensor.main && tensor.grad), "axpy_multi: a tensor is missing");
-}
-
 std::vector<AxpyChunk> chunks_of(const AxpyTensor* tensors, int64_t count, uint32_t step) {
   std::vector<AxpyChunk> chunks;
   for (int64_t t = 0; t < count; ++t) {
-    check(tensors[t]);
+    check_axpy(tensors[t]);
     for (int64_t first = 0; first < tensors[t].size; first += kAxpyChunk)
       chunks.push_back(
           {static_cast<char*>(tensors[t].main) + first * bytes_of(tensors[t].main_dtype),

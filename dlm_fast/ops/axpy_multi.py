@@ -16,7 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dlm_fast.ops._common import addresses, check_dtype, extension, num_threads, refuse_cuda
+from dlm_fast.ops._common import addresses, check_dtype, extension, num_threads
+from dlm_fast.ops._device import check_device
+from dlm_fast.ops._executor import executor_of
 from dlm_fast.ops._head_inputs import FLOAT_DTYPES
 from dlm_fast.ops.philox import philox4x32_ref
 
@@ -43,6 +45,7 @@ def axpy_multi(
         raise ValueError(f"{op}: {len(mains)} main gradients but {len(grads)} gradients")
     for index, (main, grad) in enumerate(zip(mains, grads, strict=True)):
         _check_pair(op, index, main, grad)
+        check_device(op, **{"mains[0]": mains[0], f"mains[{index}]": main, f"grads[{index}]": grad})
     keys = [0] * len(mains) if keys is None else [int(key) for key in keys]
     if len(keys) != len(mains):
         raise ValueError(f"{op}: {len(mains)} tensors but {len(keys)} keys")
@@ -106,7 +109,6 @@ def round_stochastically_ref(numbers: Tensor, key: int, step: int) -> Tensor:
 
 
 def _check_pair(op: str, index: int, main: Tensor, grad: Tensor) -> None:
-    refuse_cuda(op, main, grad)
     check_dtype(op, f"mains[{index}]", main, torch.float32, torch.bfloat16, torch.float64)
     check_dtype(op, f"grads[{index}]", grad, *FLOAT_DTYPES)
     if (main.dtype == torch.float64) != (grad.dtype == torch.float64):
@@ -140,7 +142,9 @@ def _in_layout_of(main: Tensor, grad: Tensor) -> Tensor:
     return torch.empty_like(main, dtype=grad.dtype).copy_(grad)
 
 
-@torch.library.custom_op("dlm_fast::axpy_multi", mutates_args=("mains",), device_types="cpu")
+@torch.library.custom_op(
+    "dlm_fast::axpy_multi", mutates_args=("mains",), device_types=("cpu", "cuda")
+)
 def _axpy_multi(
     mains: list[Tensor],
     grads: list[Tensor],
@@ -150,7 +154,8 @@ def _axpy_multi(
     keys: list[int],
     step: int,
 ) -> Tensor:
-    result = torch.empty(3, dtype=torch.float64)
+    device = mains[0].device
+    result = torch.empty(3, dtype=torch.float64, device=device)
     tensors = [
         (
             *addresses(main, grad),
@@ -161,9 +166,15 @@ def _axpy_multi(
         )
         for main, grad, key in zip(mains, grads, keys, strict=True)
     ]
-    extension().axpy_multi_cpu(
-        tensors, scale, max_norm, square_elsewhere, step, *addresses(result), num_threads()
-    )
+    how = (scale, max_norm, square_elsewhere, step)
+    executor = executor_of(device)
+    if executor is None:
+        extension().axpy_multi_cpu(tensors, *how, *addresses(result), num_threads())
+        return result
+    chunks = extension().axpy_chunks(tensors)
+    partial = torch.empty(2, chunks, dtype=torch.float64, device=device)
+    for plan in extension().plan_axpy_multi(tensors, *how, *addresses(partial, result)):
+        executor.launch(plan, device)
     return result
 
 

@@ -6,27 +6,12 @@ import math
 
 import pytest
 import torch
+from axpy_problems import PAIRS, SIZES, tensors
 from head_problems import LEVELS, simd_level, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlm_fast.ops import axpy_multi, axpy_multi_ref
-
-PAIRS = [
-    (main, grad)
-    for main in (torch.float32, torch.bfloat16)
-    for grad in (torch.float32, torch.bfloat16, torch.float16)
-] + [(torch.float64, torch.float64)]
-SIZES = (0, 1, 7, 8, 63, 64, 65, 16384, 16385, 40000)
-
-
-def tensors(sizes, main_dtype, grad_dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(size, dtype):
-        return torch.randn(size, generator=generator).to(dtype)
-
-    return [draw(n, main_dtype) for n in sizes], [draw(n, grad_dtype) for n in sizes]
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "dlm_fast/check.h"
 #include "dlm_fast/dtype.h"
 
 namespace dlm_fast {
@@ -17,6 +18,16 @@ struct AxpyTensor {
   Dtype grad_dtype;
   uint64_t key;  // of the random bits that round to bfloat16
 };
+
+inline void check_axpy(const AxpyTensor& tensor) {
+  const bool main64 = tensor.main_dtype == Dtype::kFloat64;
+  DLM_CHECK(main64 == (tensor.grad_dtype == Dtype::kFloat64),
+            "axpy_multi: float64 gradients need float64 main gradients, and the other way round");
+  DLM_CHECK(main64 || tensor.main_dtype == Dtype::kFloat32 || tensor.main_dtype == Dtype::kBFloat16,
+            "axpy_multi: main gradients must be float64, float32 or bfloat16");
+  DLM_CHECK(tensor.size >= 0, "axpy_multi: sizes must not be negative");
+  DLM_CHECK(tensor.size == 0 || (tensor.main && tensor.grad), "axpy_multi: a tensor is missing");
+}
 
 struct AxpyScale {
   double scale;
