@@ -20,6 +20,7 @@ from table_cells import (
     error_cells,
     grouped,
     ms,
+    ratio,
     result_of,
     seconds_of,
     shape_of,
@@ -141,7 +142,7 @@ def _overview(found: dict[str, Any]) -> str:
         ratios = []
         for name in (GATHERING, EVERYWHERE):
             seconds = seconds_of(found, case, result_of(case, name))
-            ratios.append("-" if seconds is None else f"{seconds / own:.2f}")
+            ratios.append(ratio(seconds, own))
         rate = case["flop"] / own * 1e-9
         peak = found["rates"][str(case["threads"])][case["dtype"]]["peak"]
         rows.append(
@@ -195,8 +196,19 @@ def _head_tables(found: dict[str, Any], cases: list[Case]) -> list[str]:
             if "missing" not in result
         ]
         title = ", ".join(part for part in (shape, dtype, variant) if part)
-        text.append(f"{title}\n\n{table(header, rows)}")
+        text.append(f"{title}\n\n{table(header, rows)}{_failures(group)}")
     return text
+
+
+def _failures(group: list[Case]) -> str:
+    """Who should have numbers here and has none."""
+    failed = {
+        f"{result['provider']} {result['missing']}"
+        for case in group
+        for result in case["results"]
+        if result.get("missing", "").startswith("failed")
+    }
+    return "".join(f"\n{line}\n" for line in sorted(failed))
 
 
 def _head_row(
@@ -207,7 +219,7 @@ def _head_row(
     for case in group:
         own = seconds_of(found, case, result_of(case, OURS))
         seconds = seconds_of(found, case, result_of(case, name))
-        cells += ["-", "-"] if seconds is None else [ms(seconds), f"{seconds / own:.2f}"]
+        cells += [ms(seconds), ratio(seconds, own)]
     seconds = seconds_of(found, group[0], first)
     rate = group[0]["flop"] / seconds * 1e-9
     cells.append(f"{rate:.0f}")
@@ -274,7 +286,7 @@ def _side_by_side(found: dict[str, Any], group: list[Case], title: Callable[[Cas
         for case in group:
             own = seconds_of(found, case, result_of(case, OURS))
             seconds = seconds_of(found, case, result_of(case, name))
-            cells.append("-" if seconds is None else f"{ms(seconds)} ({seconds / own:.2f})")
+            cells.append("-" if seconds is None else f"{ms(seconds)} ({ratio(seconds, own)})")
         errors = [
             name for name in ("logprob", "confidence", "weight_grad") if name in result["errors"]
         ]
@@ -309,7 +321,7 @@ def _layers(found: dict[str, Any], cases: list[Case]) -> list[str]:
             for case in group:
                 own = seconds_of(found, case, result_of(case, OURS))
                 seconds = seconds_of(found, case, result_of(case, result["provider"]))
-                cells += ["-"] * 2 if seconds is None else [ms(seconds), f"{seconds / own:.2f}"]
+                cells += [ms(seconds), ratio(seconds, own)]
             rows.append([*cells, *error_cells(result, names)])
         header = ["provider"]
         for case in group:

@@ -59,7 +59,13 @@ def grouped(cases: list[Case], key: Callable[[Case], Any]) -> list[tuple[Any, li
     return [(one, [case for case in cases if key(case) == one]) for one in keys]
 
 
-def ms(seconds: float) -> str:
+def ratio(seconds: Any, own: Any) -> str:
+    return "-" if seconds is None or own is None else f"{seconds / own:.2f}"
+
+
+def ms(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
     ms = seconds * 1e3
     return f"{ms:.0f}" if ms >= 1000 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
 

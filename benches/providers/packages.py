@@ -147,11 +147,14 @@ def _liger_triton(device: str, name: str, what: str, **options: Any) -> Provider
 
 
 def _summed_step(head: Head, main_grad_VD: Tensor, loss: Tensor) -> Delivered:
-    """Gradients of minus a loss summed over the rows; there is no log-probability of a row."""
+    """Gradients of minus a loss summed over the rows; there is no log-probability of a row.
+
+    The sign is put on afterwards: these packages save a pass where the upstream gradient is 1.
+    """
     head.clear()
-    loss.neg().backward()
-    main_grad_VD.add_(head.weight.grad)
-    return {"hidden_grad": head.hidden.grad}
+    loss.backward()
+    main_grad_VD.sub_(head.weight.grad)
+    return {"hidden_grad": head.hidden.grad.neg_()}
 
 
 def liger_triton(device: str) -> Provider:
