@@ -96,7 +96,7 @@ double tile_rate(bool pairs, double seconds) {
 
 FmaRate fma_peak(bool pairs, double seconds, int num_threads) {
   DLM_CHECK(seconds > 0 && seconds < 60, "fma_peak: seconds must lie between 0 and 60");
-  DLM_CHECK(num_threads > 0, "fma_peak: num_threads must be at least 1");
+  DLM_CHECK(num_threads > 0 && num_threads <= 1024, "fma_peak: num_threads must lie in 1..1024");
   if (pairs && pair_kernels() == nullptr) return {0, 0};
   std::vector<FmaRate> rates(static_cast<size_t>(num_threads));
   parallel_for(num_threads, num_threads, [&](int64_t i) {

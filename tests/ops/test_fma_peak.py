@@ -28,7 +28,13 @@ def test_threads_add_up():
 
 @pytest.mark.parametrize(
     ("seconds", "threads", "message"),
-    [(0, 1, "seconds"), (1e9, 1, "seconds"), (float("nan"), 1, "seconds"), (0.1, 0, "num_threads")],
+    [
+        (0, 1, "seconds"),
+        (1e9, 1, "seconds"),
+        (float("nan"), 1, "seconds"),
+        (0.1, 0, "num_threads"),
+        (0.1, 1 << 30, "num_threads"),
+    ],
 )
 def test_refusals(seconds, threads, message):
     with pytest.raises(ValueError, match=message):
