@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from axpy_problems import PAIRS, SIZES, tensors
+from axpy_problems import PAIRS, SIZES, check, tensors
 from device_runs import on_emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,19 +14,6 @@ from hypothesis import strategies as st
 from dlm_fast import _C
 from dlm_fast.ops import GradAccumulator, axpy_multi, axpy_multi_ref
 from dlm_fast.ops._executor import Emulated
-
-TOLERANCE = {torch.float32: 3e-7, torch.bfloat16: 1e-2, torch.float64: 1e-14}
-
-
-def check(run, mains, grads, scale, **options):
-    expected = [main.clone() for main in mains]
-    result = run(axpy_multi, mains, grads, scale, **options)
-    exact = axpy_multi_ref(expected, grads, scale, **options)
-    assert torch.allclose(result, exact, rtol=1e-12, atol=1e-9)
-    for ours, truth in zip(mains, expected, strict=True):
-        limit = TOLERANCE[ours.dtype]  # a fused multiply-add may round otherwise
-        assert torch.allclose(ours, truth, rtol=limit, atol=limit)
-    return result
 
 
 @pytest.mark.covers("axpy_square", "axpy_add", "axpy_total")
