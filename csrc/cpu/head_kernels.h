@@ -33,6 +33,10 @@ constexpr int64_t kFewRows = 8;
 // part.
 constexpr int kAhead = 2;
 
+inline int64_t bytes_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : (dtype == Dtype::kFloat32 ? 4 : 2);
+}
+
 struct Matrix {
   const void* data;
   int64_t stride;

@@ -37,8 +37,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
 // Part of a matrix that will be packed, fetched while a number of tiles are multiplied.
 inline Ahead ahead_of(const Matrix& matrix, int64_t row, int64_t column, BlockSize size,
                       int64_t tiles) {
-  const int64_t bytes =
-      matrix.dtype == Dtype::kFloat64 ? 8 : (matrix.dtype == Dtype::kFloat32 ? 4 : 2);
+  const int64_t bytes = bytes_of(matrix.dtype);
   const auto* data = static_cast<const char*>(matrix.data);
   return {data + (row * matrix.stride + column) * bytes, matrix.stride * bytes, size.d * bytes,
           size.v, tiles};
@@ -111,6 +110,11 @@ class HeadPass {
       visit(block, p, logits);
     });
     merge_states(states, state_size);
+  }
+
+  // The packed rows, which kept logits make superfluous.
+  void drop_rows() {
+    packed_ = Buffer<Real>();
   }
 
   // --- the same logits again, block by block, without statistics

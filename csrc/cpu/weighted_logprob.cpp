@@ -41,6 +41,7 @@ class WeightedStep {
       for (int64_t first = 0; first < total; first += step) {
         const RowBlock rows = rows_at(first, step);
         objective += forward(rows, pass_.blocks_to_keep(rows.size()));
+        if (pass_.kept_blocks() == pass_.blocks()) pass_.drop_rows();
         backward.run(pass_, gradients_, first == 0);
       }
     });
