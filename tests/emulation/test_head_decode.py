@@ -126,6 +126,20 @@ def test_tiny_vocabularies(executor):
         same_numbers(ours, truth)
 
 
+@pytest.mark.parametrize("vocabulary", [8460, 33100])
+def test_many_splits(executor, vocabulary):
+    """More splits of the vocabulary than a warp has lanes, and than the merging block has threads;
+    draws and targets lie in all of them."""
+    p = problem(8, 16, vocabulary, torch.bfloat16)
+    p.targets[:] = torch.arange(8) * vocabulary // 8 + vocabulary // 16
+    options = {"rows": p.rows, "rng": keyed(8, seed=1)}
+    ours = decode(executor, p.hidden, p.weight, 8, targets=p.targets, **options)
+    exact = p.exact()
+    truth = token_stats_ref(exact.hidden, exact.weight, p.targets, temperature=1.0, **options)
+    assert torch.equal(ours["token"], truth.token)
+    same_numbers(ours, truth)
+
+
 def test_columns_of_logits_far_from_zero(executor):
     """Padding must not count as a logit of 0, above or below all others."""
     p = problem(8, 64, 301)
