@@ -246,14 +246,15 @@ def test_the_page_shows_the_update(tmp_path):
     row = {
         "size": "wide",
         "precision": "fp32",
-        "seconds": {"autograd": 0.25, "in_place": 0.2},
-        "ratio": 1.25,
+        "seconds": {"torch": 0.4, "autograd": 0.25, "in_place": 0.2},
+        "torch_over_in_place": 2.0,
+        "autograd_over_in_place": 1.25,
         "metrics_differ_by": 2e-7,
     }
     found = {"rows": [row], "rounds": 9, "threads": 1, "versions": {"torch": "2"}}
     (tmp_path / "bgpo_update.json").write_text(json.dumps(found))
     page = make_tables.render(tmp_path)
-    assert "| wide | fp32 | 250.0 | 200.0 | 1.25 | 2.0e-07 |" in page
+    assert "| wide | fp32 | 400.0 | 250.0 | 200.0 | 2.00 | 1.25 | 2.0e-07 |" in page
     assert "bgpo_update" not in make_tables.render(tmp_path / "nothing")
 
 
