@@ -83,7 +83,8 @@ def test_gradient(executor, vocabulary):
         chosen = z.log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:3, 0]
         (chosen * weights[:3].double()).sum().backward()
         exact = z.grad / 0.8
-        rows, _ = view(logits, targets, bias)
+        statistics = {"logprob": chosen.detach(), "lse": z.detach()[:3].logsumexp(-1)}
+        rows, got = view(logits, targets, bias)
         stride = logits.stride(0)
         grad = torch.full((4, stride), torch.nan, dtype=dtype)[:, :vocabulary]
         grad = logits if dtype == torch.float32 else grad  # in place
@@ -105,4 +106,6 @@ def test_gradient(executor, vocabulary):
         )
         torch.testing.assert_close(grad.double(), exact, **tolerance)
         assert (grad[2:] == 0).all() and (hidden[2:] == 0).all()
+        for name, values in statistics.items():
+            torch.testing.assert_close(got[name][:3].double(), values, atol=2e-5, rtol=2e-6)
         assert hidden[:2].isnan().all()  # rows that take part are left alone
