@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlm_fast.ops import Rng, TokenStats, token_stats
+from dlm_fast.ops import Rng, Stream, TokenStats, token_stats
 from dlm_fast.ops._common import addresses, extension
+from dlm_fast.ops.philox import philox_uniform
 
 NUMBERS = ("confidence", "lse", "entropy", "margin", "logprob", "row_max", "log_sum")
 TOLERANCE = {"confidence": 1e-5, "lse": 1e-4, "entropy": 2e-4, "margin": 1e-5, "logprob": 1e-4}
@@ -68,3 +69,15 @@ def same_numbers(ours: dict[str, Tensor], truth: Any, names: Any = TOLERANCE) ->
 def on_cpu(hidden: Tensor, weight: Tensor, **options: Any) -> TokenStats:
     """What the op says on the CPU, outside of the emulator that the test runs in."""
     return contextvars.Context().run(functools.partial(token_stats, hidden, weight, **options))
+
+
+def equal_noise(vocabulary: int, count: int) -> tuple[Rng, Tensor]:
+    """Rows of which two columns have the same noise, and logits that let these two win."""
+    rng = Rng.of(0, Stream.TOKEN, list(range(3000)))
+    sorted_RV, order_RV = philox_uniform(rng, vocabulary).sort(dim=-1)
+    row, place = (sorted_RV[:, 1:] == sorted_RV[:, :-1]).nonzero()[:count].unbind(1)
+    assert len(row) == count and len(set(row.tolist())) == count
+    logits_NV = torch.zeros(count, vocabulary)
+    for column in (order_RV[row, place], order_RV[row, place + 1]):
+        logits_NV[torch.arange(count), column] = 50.0
+    return rng.take(row.tolist()), logits_NV

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from head_problems import problem
-from token_rows import Rows, on_cpu, same_numbers
+from token_rows import Rows, equal_noise, on_cpu, same_numbers
 from torch import Tensor
 
 from dlm_fast.ops import Rng, Stream, token_stats_ref
@@ -224,6 +224,12 @@ def test_ties_and_extremes(executor):
     assert ours["entropy"][0].item() == pytest.approx(math.log(600), abs=2e-6)
     assert ours["confidence"][0].item() == pytest.approx(1 / 600, rel=1e-6)
     assert ours["lse"][4] == 1e4
+
+
+def test_equal_scores_go_to_the_lowest_id(executor):
+    rng, logits = equal_noise(600, 20)
+    ours = decode(executor, logits, torch.eye(600), 20, rng=rng)
+    assert torch.equal(ours["token"], logits.nonzero()[::2, 1])
 
 
 def test_columns_of_minus_infinity(executor):

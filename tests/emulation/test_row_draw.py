@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from token_rows import Rows, on_cpu, same_numbers
+from token_rows import Rows, equal_noise, on_cpu, same_numbers
 from torch import Tensor
 
 from dlm_fast.ops import Rng, Stream, token_stats_ref
@@ -124,6 +124,14 @@ def test_both_zeros_are_equal(executor):
     for count in (1, 2, 3):
         ours = draw(executor, logits, rng=keyed(20), top_k=count)
         assert set(ours["token"].tolist()) == set(range(1, count + 1))
+
+
+def test_equal_scores_go_to_the_lowest_id(executor):
+    rng, logits = equal_noise(600, 20)
+    for options in ({}, {"top_k": 2}):
+        ours = draw(executor, logits, rng=rng, **options)
+        assert torch.equal(ours["token"], logits.nonzero()[::2, 1])
+        assert (ours["margin"] == 0).all()
 
 
 def test_ties_of_far_ids(executor):
