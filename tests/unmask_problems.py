@@ -44,7 +44,7 @@ def problems(draw):
 
 def rows_of_all_kinds(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Score, selectable, uncertainty and the end of the wanted prefix of six rows: dense, sparse,
-    with ties and NaN, nothing open, nothing but NaN open, all open."""
+    with ties and NaN, nothing open, nothing but NaN open, all open and wanted."""
     generator = torch.Generator().manual_seed(length)
     score = torch.rand(6, length, generator=generator, dtype=torch.float64).sqrt()
     score[2] = (score[2] * 4).round() / 4
@@ -55,6 +55,7 @@ def rows_of_all_kinds(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
     uncertainty = -2 * score.log() + torch.rand(6, 1, generator=generator) / 8
     uncertainty[5, :: max(1, length // 3)] = -0.125  # rounding may leave something below zero
     prefix = (torch.rand(6, generator=generator) * selectable.sum(1)).long()
+    prefix[5] = length
     return score.to(dtype), selectable, uncertainty.to(dtype), prefix
 
 
@@ -73,8 +74,10 @@ def options_of_rule(
     elif rule in UNCERTAINTY_RULES:
         sums = uncertainty.double().nan_to_num(0).clamp(min=0).sort(1).values.cumsum(1)
         bound = sums.gather(1, prefix.clamp(max=length - 1)[:, None])[:, 0]
+    quota = prefix.clamp(min=1) + (prefix > length // 2)
+    quota[5] = max(1, length - 1)  # all of them would need no order
     return {
-        "quota": prefix.clamp(min=1) + (prefix > length // 2),
+        "quota": quota,
         "bound": bound.to(score.dtype),
         "uncertainty": uncertainty,
         "rng": Rng.of(length, Stream.UNMASK, range(rows)).at(

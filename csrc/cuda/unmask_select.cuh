@@ -224,7 +224,6 @@ DLM_DEVICE void unmask_select(const UnmaskSelectParams& params) {
     row.nan_counts = true;
     row.quota = 1;
     found = gather_candidates(row, scratch, selected);
-    if (found.candidates == 0) return;
   }
   const unsigned wanted = smaller_of(row.quota, found.candidates);
   unsigned cut = larger_of(wanted, found.passing);

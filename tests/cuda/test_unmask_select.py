@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cuda
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("length", [1, 7, 31, 33, 257, 1000, 4096, 5000])
+@pytest.mark.parametrize("length", [1, 7, 31, 33, 257, 1000, 2049, 4096, 4097, 5000])
 @pytest.mark.parametrize("rule", RULES)
 def test_rows(run, rule, length, dtype):
     check_rule(run, rule, length, dtype)
