@@ -40,9 +40,6 @@ class HeadBackward {
   void run(const HeadPass<Real>& pass, const std::vector<RowGradient<Real>>& gradients,
            bool first) {
     begin(pass, gradients, first);
-    if (out_.weight && !add_)
-      prefer_large_pages(out_.weight,
-                         in_.v * in_.d * (out_.round ? 2 : static_cast<int64_t>(sizeof(Real))));
     const int64_t size = panels_ * panel_ * in_.d, chunks = pass.chunks();
     // Either threads take chunks of the vocabulary, or they share the work on every block.
     const int outer = chunks >= in_.num_threads ? in_.num_threads : 1;

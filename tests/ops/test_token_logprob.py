@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlm_fast.ops import token_logprob, token_logprob_ref
+from dlm_fast.ops._executor import executor_of
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -50,15 +51,23 @@ def assert_close(p, **options):
         assert value.shape == (n,) and value.dtype == torch.float32
         error = (value - exact).abs()
         assert n == 0 or (float(error.max()) < largest and float(error.mean()) < mean)
-    for gradient, exact in zip(gradients, true_gradients, strict=True):
+    # On the CUDA path torch multiplies; its float32 sums over a large vocabulary are the error,
+    # and its own operations show its size.
+    own_products = p.hidden.is_cpu and executor_of(p.hidden.device) is None
+    twins = gradients if own_products else run(p, reference=True, **options)[1]
+    for gradient, exact, twin in zip(gradients, true_gradients, twins, strict=True):
         tolerance = gradient_tolerance(gradient, p.weight.dtype)
+        if not own_products:
+            tolerance = max(tolerance, 3 * relative_error(twin, exact))
         assert relative_error(gradient, exact) < tolerance
 
 
 @pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients(shape, dtype):
+def test_values_and_gradients(shape, dtype, backend):
+    if backend == "emulated" and shape[0] > 1000:
+        pytest.skip("long on the emulator; its tests of chunks have fewer rows")
     assert_close(problem(*shape, dtype))
 
 

@@ -247,7 +247,6 @@ def test_draws_follow_the_distribution(level, options):
     assert statistic < freedom + 5 * math.sqrt(2 * freedom)
 
 
-@pytest.mark.every_backend
 def test_filters_keep_exactly_what_they_say():
     """Ties go to the lowest id; the smallest set that reaches the mass, at least one token."""
     logits_V = torch.tensor([1.0, 3.0, 3.0, 2.0, 3.0, -math.inf, 0.5, 2.0]).nan_to_num(neginf=-50)

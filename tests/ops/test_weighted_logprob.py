@@ -72,7 +72,9 @@ def assert_close(p, **options):
 @pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients(shape, dtype):
+def test_values_and_gradients(shape, dtype, backend):
+    if backend == "emulated" and shape[0] > 1000:
+        pytest.skip("long on the emulator; its tests of chunks have fewer rows")
     assert_close(problem(*shape, dtype))
 
 
