@@ -174,5 +174,26 @@ def written(tree: Tree) -> str:
     return f"{left_text} {operator} {right_text}"
 
 
+def normal_text(tree: ast.expr) -> str:
+    """A checked expression with the fewest parentheses, so that equal ones are mostly equal texts.
+
+    >>> normal_text(parse("((30) + 93)-(100)"))
+    '30 + 93 - 100'
+    """
+    return written(_tree_of(tree))
+
+
+def _tree_of(node: ast.expr) -> Tree:
+    if isinstance(node, ast.Constant):
+        return int(node.value)  # type: ignore[arg-type]
+    if isinstance(node, ast.UnaryOp):
+        tree = _tree_of(node.operand)
+        if isinstance(node.op, ast.UAdd):
+            return tree
+        return -tree if isinstance(tree, int) else ("-", 0, tree)
+    assert isinstance(node, ast.BinOp), "parse lets no other node through"
+    return _OPERATORS[type(node.op)], _tree_of(node.left), _tree_of(node.right)
+
+
 def _rank(tree: Tree) -> int:
     return 3 if isinstance(tree, int) else _PRECEDENCE[tree[0]]

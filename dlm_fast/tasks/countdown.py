@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Literal
 
 from . import arithmetic
@@ -21,6 +22,7 @@ from .arithmetic import NotArithmetic
 from .base import Example, Score, check_split, field_of, mean_details
 from .generated import GeneratedExamples
 from .table import Row, pick_fields, read_table, shorten
+from .templates import Template, own_or, shot_rows, shots_text
 
 PROMPTS = {
     "d1": """\
@@ -64,6 +66,12 @@ class CountdownConfig:
     template: Literal["d1", "plain"] = "d1"
     """d1: a prompt in words that asks for reasoning and answer tags; plain: numbers and target
     alone, answered by the expression alone, for tiny models"""
+    prompt_template: str = ""
+    """your own prompt, with {numbers} and {target}: the text, or a file whose name ends in .txt;
+    answers are read as `template` says"""
+    shots: str = ""
+    """examples with their answers before each prompt: a data file, or a JSON list of objects with
+    numbers and target"""
     min_numbers: int = 3
     """fewest numbers of a generated problem"""
     max_numbers: int = 3
@@ -116,6 +124,10 @@ class Countdown:
     config: CountdownConfig = field(default_factory=CountdownConfig)
     name: str = "countdown"
 
+    def __post_init__(self) -> None:
+        # read and checked when the task is made, not at the first prompt of a run
+        _ = self._template, self._shots
+
     def load(self, path: str | None, split: str) -> Sequence[Example]:
         """Problems of a file with columns numbers and target, or generated ones."""
         check_split(split)
@@ -125,12 +137,8 @@ class Countdown:
         return GeneratedExamples(lambda index: self._generate(split, index), length)
 
     def prompt(self, example: Example) -> str:
-        """Numbers and target in the template's words."""
-        numbers, target = _fields(example)
-        separator = "," if self.config.template == "plain" else ", "
-        return PROMPTS[self.config.template].format(
-            numbers=separator.join(map(str, numbers)), target=target
-        )
+        """Numbers and target in the template's words, behind the few-shot examples."""
+        return self._shots + self._ask(example)
 
     def demonstration(self, example: Example) -> str:
         """A right expression in the template's format."""
@@ -155,16 +163,35 @@ class Countdown:
         # Evaluated only with the given numbers inside, so that no value grows out of hand.
         correct = tree is not None and numbers_right and arithmetic.value_of(tree) == target
         reward = (1.0 if correct else self.config.wrong_reward) if answered else 0.0
-        detail = {
+        detail: dict[str, Any] = {
             "answered": answered,
             "parsed": tree is not None,
             "numbers_right": numbers_right,
         }
+        if tree is not None:
+            detail["answer"] = arithmetic.normal_text(tree)
         return Score(reward, correct, detail)
 
     def metrics(self, scores: Sequence[Score]) -> dict[str, float]:
         """`answered`: with an answer tag; `parsed`: expressions; `numbers_right`: legal ones."""
         return mean_details(scores, "answered", "parsed", "numbers_right")
+
+    @cached_property
+    def _template(self) -> Template:
+        option, config = "countdown.prompt_template", self.config
+        text = PROMPTS[config.template]
+        return own_or(config.prompt_template, text, option).check(["numbers", "target"])
+
+    @cached_property
+    def _shots(self) -> str:
+        rows = shot_rows(self.config.shots, "countdown.shots")
+        examples = [_example(row, self.config.columns) for row in rows]
+        return shots_text((self._ask(e), self.demonstration(e)) for e in examples)
+
+    def _ask(self, example: Example) -> str:
+        numbers, target = _fields(example)
+        separator = "," if self.config.template == "plain" else ", "
+        return self._template.fill({"numbers": separator.join(map(str, numbers)), "target": target})
 
     def _generate(self, split: str, index: int) -> dict[str, Any]:
         config = self.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -37,6 +38,8 @@ def _convert(value: Any, kind: Any, what: str) -> Any:
             return _truth(value)
         if get_origin(kind) is dict:
             return _mapping(value)
+        if kind is str and isinstance(value, list | tuple):
+            return json.dumps(value, ensure_ascii=False)  # such as examples of a few-shot prompt
         # bool is an int to Python, and never what is meant here
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise ValueError
@@ -81,4 +84,4 @@ def _describe(kind: Any) -> str:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is dict:
         return "a map of field to column, such as puzzle=Puzzle,solution=Solution"
-    return {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kind]

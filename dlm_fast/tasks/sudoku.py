@@ -16,13 +16,14 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 from .answer_text import after_closing_tag, before_end_of_turn, tagged_answer
 from .base import Example, Score, check_split, field_of, mean_details
 from .generated import GeneratedExamples
 from .table import Row, pick_fields, read_table, shorten
+from .templates import Template, own_or, shot_rows, shots_text
 
 PROMPTS = {
     "d1": """\
@@ -76,6 +77,12 @@ class SudokuConfig:
     template: Literal["d1", "plain"] = "d1"
     """d1: a prompt in words that asks for reasoning and answer tags; plain: the puzzle alone,
     answered by the digits alone, for tiny models"""
+    prompt_template: str = ""
+    """your own prompt, with {puzzle} for the puzzle: the text, or a file whose name ends in .txt;
+    answers are read as `template` says"""
+    shots: str = ""
+    """examples with their answers before each prompt: a data file, or a JSON list of objects with
+    puzzle and solution"""
     min_empty: int = 8
     """fewest empty cells of a generated puzzle"""
     max_empty: int = 12
@@ -138,6 +145,10 @@ class Sudoku:
     config: SudokuConfig = field(default_factory=SudokuConfig)
     name: str = "sudoku"
 
+    def __post_init__(self) -> None:
+        # read and checked when the task is made, not at the first prompt of a run
+        _ = self._template, self._shots
+
     def load(self, path: str | None, split: str) -> Sequence[Example]:
         """Puzzles of a file with columns puzzle and solution, or generated ones."""
         check_split(split)
@@ -157,9 +168,8 @@ class Sudoku:
         return GeneratedExamples(make, length)
 
     def prompt(self, example: Example) -> str:
-        """The puzzle in the template's words."""
-        puzzle = field_of(example, "puzzle", self.name)
-        return PROMPTS[self.config.template].format(puzzle=puzzle)
+        """The puzzle in the template's words, behind the few-shot examples."""
+        return self._shots + self._ask(example)
 
     def demonstration(self, example: Example) -> str:
         """The solution in the template's format, with the noise the config asks for."""
@@ -171,8 +181,7 @@ class Sudoku:
                 draw.choice("1234") if clue == "0" and draw.random() < noise else digit
                 for clue, digit in zip(puzzle, solution, strict=True)
             )
-        trace = example.get("trace") or TRACE
-        return DEMONSTRATIONS[self.config.template].format(trace=trace, solution=solution)
+        return self._answer(example, solution)
 
     def score(self, completion: str, example: Example) -> Score:
         """Fraction of the empty cells as listed, and whether the whole grid solves the puzzle."""
@@ -193,12 +202,30 @@ class Sudoku:
             "valid": valid,
             "parsed": bool(digits),
             "complete": len(digits) == 16,
-        }
+        } | ({"answer": digits} if digits else {})
         return Score(reward, correct, detail)
 
     def metrics(self, scores: Sequence[Score]) -> dict[str, float]:
         """`cells`: right cells; `parsed`: answers with digits; `complete`: with exactly 16."""
         return mean_details(scores, "cells", "parsed", "complete")
+
+    @cached_property
+    def _template(self) -> Template:
+        option, config = "sudoku.prompt_template", self.config
+        return own_or(config.prompt_template, PROMPTS[config.template], option).check(["puzzle"])
+
+    @cached_property
+    def _shots(self) -> str:
+        rows = shot_rows(self.config.shots, "sudoku.shots")
+        examples = [_example(row, self.config.columns) for row in rows]
+        return shots_text((self._ask(e), self._answer(e, e["solution"])) for e in examples)
+
+    def _ask(self, example: Example) -> str:
+        return self._template.fill({"puzzle": field_of(example, "puzzle", self.name)})
+
+    def _answer(self, example: Example, solution: str) -> str:
+        trace = example.get("trace") or TRACE
+        return DEMONSTRATIONS[self.config.template].format(trace=trace, solution=solution)
 
 
 def answer_digits(completion: str, *, plain: bool = False) -> str:
