@@ -61,19 +61,20 @@ class HeadPass {
   // Rows of one pass where no logits are kept.
   static constexpr int64_t kRowsWithoutLogits = 4 * kGroupRows;
   // Bytes of logits that are kept at most.
-  static constexpr int64_t kKeptBytes = int64_t{80} << 20;
+  static constexpr int64_t kWorkspaceBytes = int64_t{80} << 20;
 
   // Rows whose logits can all be kept.
   int64_t rows_with_logits() const {
     const int64_t per_panel = blocks_ * panel_size_ * static_cast<int64_t>(sizeof(Real));
-    return k_.panel * std::clamp<int64_t>(kKeptBytes / per_panel, 1, kRowsWithoutLogits / k_.panel);
+    return k_.panel *
+           std::clamp<int64_t>(kWorkspaceBytes / per_panel, 1, kRowsWithoutLogits / k_.panel);
   }
 
   // Blocks of the vocabulary whose logits can be kept for some rows.
-  int64_t blocks_to_keep(int64_t num_rows) const {
+  int64_t blocks_to_keep(int64_t num_rows, int64_t bytes = kWorkspaceBytes) const {
     const int64_t per_block =
         ceil_div(num_rows, k_.panel) * panel_size_ * static_cast<int64_t>(sizeof(Real));
-    return std::min(blocks_, kKeptBytes / std::max<int64_t>(per_block, 1));
+    return std::min(blocks_, bytes / std::max<int64_t>(per_block, 1));
   }
 
   void load(const RowBlock& rows) {
@@ -88,12 +89,11 @@ class HeadPass {
     if (few()) copy_few_rows();
   }
 
-  // Statistics of the rows; keeps the logits of the first `kept` blocks. `visit(block, panel,
-  // logits)` is called on every hot block.
+  // Statistics of the rows; keeps the logits of the first `kept` blocks, at `place` if it is given.
+  // `visit(block, panel, logits)` is called on every hot block.
   template <class Visit>
-  void forward(bool with_top, int64_t kept, const Visit& visit) {
-    kept_blocks_ = kept;
-    logits_.grow(kept * panels_ * panel_size_);
+  void forward(bool with_top, int64_t kept, const Visit& visit, Real* place = nullptr) {
+    use_kept(kept, place ? place : logits_.grow(kept * panels_ * panel_size_));
     const int64_t state_size = kStateArrays * k_.panel;
     Real* states = states_.grow(chunks_ * panels_ * state_size);
     target_logit.assign(static_cast<size_t>(rows_->size()), -infinity());
@@ -110,6 +110,12 @@ class HeadPass {
       visit(block, p, logits);
     });
     merge_states(states, state_size);
+  }
+
+  // Logits of the first `kept` blocks that a pass over the same rows has left at `place`.
+  void use_kept(int64_t kept, Real* place) {
+    kept_blocks_ = kept;
+    kept_logits_ = place;
   }
 
   // The packed rows, which kept logits make superfluous.
@@ -172,7 +178,7 @@ class HeadPass {
   }
 
   const Real* kept_logits(int64_t block, int64_t panel) const {
-    return logits_.data() + (block * panels_ + panel) * panel_size_;
+    return kept_logits_ + (block * panels_ + panel) * panel_size_;
   }
   int panel() const {
     return k_.panel;
@@ -254,7 +260,7 @@ class HeadPass {
       const int64_t last_block = std::min(blocks_, (chunk + 1) * kChunkBlocks);
       for (int64_t block = chunk * kChunkBlocks; block < last_block; ++block) {
         Real* logits = block < kept_blocks_
-                           ? logits_.data() + (block * panels_ + first_panel) * panel_size_
+                           ? kept_logits_ + (block * panels_ + first_panel) * panel_size_
                            : scratch + kPackedWeight;
         multiply_block(block, first_panel, last_panel, scratch, logits);
         for (int64_t p = first_panel; p < last_panel; ++p) {
@@ -371,10 +377,11 @@ class HeadPass {
   const RowBlock* rows_ = nullptr;
   int64_t panels_ = 0;
   int64_t kept_blocks_ = 0;
-  Buffer<Real> packed_;    // [panels, D, P]
-  Buffer<Real> few_rows_;  // [kFewRows, D]
-  Buffer<Real> logits_;    // [kept blocks, panels, kBlockV, P]
-  Buffer<Real> states_;    // [chunks, panels, kStateArrays, P]
+  Real* kept_logits_ = nullptr;  // [kept blocks, panels, kBlockV, P]
+  Buffer<Real> packed_;          // [panels, D, P]
+  Buffer<Real> few_rows_;        // [kFewRows, D]
+  Buffer<Real> logits_;          // kept ones, where the caller gives no place
+  Buffer<Real> states_;          // [chunks, panels, kStateArrays, P]
 };
 
 }  // namespace dlm_fast::cpu

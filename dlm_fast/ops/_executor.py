@@ -83,6 +83,11 @@ def has_clusters(executor: Executor, device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def runs_on_cpu(device: torch.device) -> bool:
+    """Whether the C++ backend computes, not the emulator; asks for no executor."""
+    return device.type == "cpu" and _emulator.get() is None
+
+
 def executor_of(device: torch.device) -> Executor | None:
     """None: the C++ backend of the CPU. Raises where a CUDA device has no executor."""
     if device.type == "cpu":

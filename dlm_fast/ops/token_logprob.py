@@ -17,7 +17,7 @@ from torch import Tensor
 from dlm_fast.ops._common import addresses, extension
 from dlm_fast.ops._cuda_head import Cotangents, Gradients, HeadCall, gradients, statistics
 from dlm_fast.ops._cuda_tokens import TokenDraw, choose_tokens, reads_head_directly
-from dlm_fast.ops._executor import executor_of
+from dlm_fast.ops._executor import executor_of, runs_on_cpu
 from dlm_fast.ops._head_inputs import (
     IGNORED,
     bound_inputs,
@@ -51,7 +51,10 @@ def token_logprob(
     temperature: float = 1.0,
     forbid_ids: Sequence[int] = (),
 ) -> TokenLogprob:
-    """Differentiable in ``hidden``, ``weight`` and ``bias``; no [N, V] tensor is kept.
+    """Differentiable in ``hidden``, ``weight`` and ``bias``.
+
+    No [N, V] tensor is made, but for at most 80 MiB of logits that wait for the backward pass on
+    the CPU (what does not fit is computed again); none wait under ``torch.no_grad()``.
 
     ``hidden`` [T, D] and ``weight`` [V, D] share one floating-point type. ``rows`` int32 [N] picks
     rows of ``hidden`` (they may repeat; the others are never read); None means all T. ``targets``
@@ -69,8 +72,13 @@ def token_logprob(
         checked.bias_V,
         check_temperature(op, temperature),
         checked.forbid_ids,
+        _will_differentiate(hidden, weight, bias),
     )
     return TokenLogprob(*outputs[:3])
+
+
+def _will_differentiate(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def token_logprob_ref(
@@ -98,8 +106,9 @@ def token_logprob_ref(
     return TokenLogprob(*(zeros_N.index_copy(0, kept_K, value_K) for value_K in values_K))
 
 
-# The op has two more outputs than its users see: maximum and log-sum of each row. Their sum is lse;
-# apart they lose nothing to rounding, which the backward pass would magnify at large logits.
+# The op has three more outputs than its users see. Maximum and log-sum of each row: their sum is
+# lse; apart they lose nothing to rounding, which the backward pass would magnify at large logits.
+# And logits kept for the backward pass.
 @torch.library.custom_op("dlm_fast::token_logprob", mutates_args=())
 def _token_logprob(
     hidden: Tensor,
@@ -109,9 +118,10 @@ def _token_logprob(
     bias: Tensor | None,
     temperature: float,
     forbid_ids: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden, weight = unit_stride(hidden), unit_stride(weight)
-    outputs = _empty_outputs(hidden, targets)
+    *outputs, kept = made = _empty_outputs(hidden, weight, targets, keep_logits)
     call = cuda_call(hidden, weight, targets, rows, bias, temperature, forbid_ids)
     if call is not None:
         named = dict(zip(FORWARD, outputs, strict=True))
@@ -119,12 +129,13 @@ def _token_logprob(
             choose_tokens(call, TokenDraw(targets_N=targets, skip_ignored=True), named)
         else:
             statistics(call, named)
-        return outputs
+        return made
     extension().token_logprob_cpu(
         bound_inputs(hidden, weight, targets, rows, bias, temperature, forbid_ids),
         addresses(*outputs),
+        (kept.data_ptr(), kept.nbytes),
     )
-    return outputs
+    return made
 
 
 FORWARD = ("logprob", "lse", "entropy", "row_max", "log_sum")
@@ -156,10 +167,27 @@ def cuda_call(
 
 
 def _empty_outputs(
-    hidden: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, keep_logits: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     a, b, c, d, e = empty_rows(hidden, targets.shape[0], 5)
-    return a, b, c, d, e
+    kept = a.new_empty(_kept_numbers(weight, targets, a.dtype) if keep_logits else 0)
+    return a, b, c, d, e, kept
+
+
+# Below it the head is read anyway for the gradient of the hidden states, and its product with a few
+# rows costs next to nothing beside that.
+_FEW_ROWS = 16
+
+
+def _kept_numbers(weight: Tensor, targets: Tensor, dtype: torch.dtype) -> int:
+    """Room for the logits of all rows, or for as many as the limit allows."""
+    num_rows, vocabulary = targets.shape[0], weight.shape[0]
+    if not runs_on_cpu(weight.device) or num_rows < _FEW_ROWS:
+        return 0
+    row_step, column_step, limit = extension().kept_logits_limits
+    rows = (num_rows + row_step - 1) // row_step * row_step
+    columns = (vocabulary + column_step - 1) // column_step * column_step
+    return torch.sym_min(rows * columns, limit // dtype.itemsize)
 
 
 @_token_logprob.register_fake
@@ -171,8 +199,9 @@ def _(
     bias: Tensor | None,
     temperature: float,
     forbid_ids: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_outputs(hidden, targets)
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_outputs(hidden, weight, targets, keep_logits)
 
 
 @torch.library.custom_op("dlm_fast::token_logprob_bwd", mutates_args=())
@@ -190,22 +219,24 @@ def _token_logprob_bwd(
     forbid_ids: list[int],
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; empty where not wanted."""
+    """Gradients of hidden, weight and bias; empty where not wanted. ``forward``: all outputs."""
     hidden, weight = unit_stride(hidden), unit_stride(weight)
     cotangents = [
         None if g is None else g.contiguous() for g in (grad_logprob, grad_lse, grad_entropy)
     ]
+    *statistics_N, kept = forward
     made = empty_gradients(hidden, weight, wanted)
     wanted_only = [g if want else None for g, want in zip(made, wanted, strict=True)]
     call = cuda_call(hidden, weight, targets, rows, bias, temperature, forbid_ids)
     if call is not None:
-        outputs = dict(zip(FORWARD, forward, strict=True))
+        outputs = dict(zip(FORWARD, statistics_N, strict=True))
         results = Gradients(wanted_only[0], wanted_only[1], wanted_only[2])
         gradients(call, outputs, Cotangents(*cotangents), results, known=True)
     else:
         extension().token_logprob_bwd_cpu(
             bound_inputs(hidden, weight, targets, rows, bias, temperature, forbid_ids),
-            addresses(*forward),
+            addresses(*statistics_N),
+            (kept.data_ptr(), kept.nbytes),
             addresses(*cotangents),
             addresses(*wanted_only),
         )
@@ -251,20 +282,20 @@ def _(
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:5], *output)
-    ctx.temperature, ctx.forbid_ids = inputs[5:]
+    ctx.temperature, ctx.forbid_ids = inputs[5:7]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     wanted = [needs[0], needs[1], needs[4]]
     if all(grad is None for grad in grads[:3]):
-        return (None,) * 7
+        return (None,) * 8
     saved = ctx.saved_tensors
     results = _token_logprob_bwd(
         *saved[:5], list(saved[5:]), *grads[:3], ctx.temperature, ctx.forbid_ids, wanted
     )
     hidden, weight, bias = (g if w else None for g, w in zip(results, wanted, strict=True))
-    return hidden, weight, None, None, bias, None, None
+    return hidden, weight, None, None, bias, None, None, None
 
 
 _token_logprob.register_autograd(_backward, setup_context=_save_for_backward)

@@ -173,7 +173,7 @@ def test_the_extension_checks_by_itself(vocabulary, target, forbidden, message):
     addresses = (matrix.data_ptr(), matrix.data_ptr(), targets.data_ptr(), 0, 0)
     inputs = _C.HeadInputs((1, 1, 2, vocabulary), 0, (2, 2), addresses, 1.0, forbidden, 1)
     with pytest.raises(ValueError, match=message):
-        _C.token_logprob_cpu(inputs, tuple(out[i].data_ptr() for i in range(5)))
+        _C.token_logprob_cpu(inputs, tuple(out[i].data_ptr() for i in range(5)), (0, 0))
 
 
 def test_a_missing_extension_says_what_to_do(monkeypatch):
@@ -193,7 +193,8 @@ def test_opcheck(rows, dtype):
     p = problem(6, 4, 11, dtype, bias=True, spare=3 if rows else 0).leaves()
     chosen = p.rows if rows else None
     tail = (chosen, p.bias if rows else None, 0.7, [])
-    torch.library.opcheck(operator("token_logprob"), (*p.head, *tail))
+    for keep_logits in (False, True):
+        torch.library.opcheck(operator("token_logprob"), (*p.head, *tail, keep_logits))
     weights = torch.randn(6)
     wanted = [True, True, rows]
     torch.library.opcheck(operator("weighted_logprob"), (*p.head, weights, *tail, wanted))
@@ -209,7 +210,7 @@ def test_opcheck(rows, dtype):
         (1.0, 3, 0.9, [10], keys, None, None, 1),
     ]:
         torch.library.opcheck(operator("token_stats"), (*frozen, chosen, bias, *draw))
-    forward = [torch.zeros(6) for _ in range(5)]
+    forward = [*(torch.zeros(6) for _ in range(5)), torch.zeros(0)]
     torch.library.opcheck(
         operator("token_logprob_bwd"),
         (*frozen, chosen, bias, forward, torch.ones(6), None, None, 0.7, [], wanted),

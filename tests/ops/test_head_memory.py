@@ -102,6 +102,7 @@ SMALL, LARGE = (254, 32000, 40), (256, 126464, 100)
 CALLS = ["token_stats", "token_logprob", "weighted_logprob", "weighted_logprob_"]
 CASES = [
     ("token_logprob", "float32", *SMALL),
+    ("token_logprob", "bfloat16", *SMALL),
     ("weighted_logprob", "float32", *SMALL),
     ("weighted_logprob", "bfloat16", *SMALL),
     ("weighted_logprob_", "float32", *SMALL),

@@ -20,6 +20,17 @@ struct TokenLogprobCotangents {
   const void* entropy;  // [N] or null
 };
 
+// Room for logits that the forward pass leaves to the backward pass, aligned to 64 bytes. Without
+// it, or for what does not fit, the backward pass computes them again.
+struct KeptLogits {
+  void* data;
+  int64_t bytes;
+};
+// All logits of N rows take the room of N and V rounded up to multiples of these; more than the
+// limit is not asked for, so that what a call leaves behind is bounded.
+constexpr int64_t kKeptRows = 32, kKeptColumns = 252;
+constexpr int64_t kKeptBytes = int64_t{80} << 20;
+
 // Null where a gradient is not wanted.
 struct HeadGradients {
   void* hidden;     // [T, D], added to
@@ -32,11 +43,14 @@ struct HeadGradients {
 
 namespace cpu {
 
-void token_logprob(const HeadInputs& inputs, const TokenLogprobOutputs& outputs);
+// What is useful in `kept` depends on the inputs alone.
+void token_logprob(const HeadInputs& inputs, const TokenLogprobOutputs& outputs,
+                   const KeptLogits& kept);
 
-// `forward` holds the outputs of the forward pass.
+// `forward` and `kept` hold what the forward pass on the same inputs left there.
 void token_logprob_bwd(const HeadInputs& inputs, const TokenLogprobOutputs& forward,
-                       const TokenLogprobCotangents& cotangents, const HeadGradients& gradients);
+                       const KeptLogits& kept, const TokenLogprobCotangents& cotangents,
+                       const HeadGradients& gradients);
 
 }  // namespace cpu
 }  // namespace dlm_fast
