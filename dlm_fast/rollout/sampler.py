@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from dlm_fast.rollout.sampler_config import ENTROPY_RULES, SamplerConfig
 from dlm_fast.rollout.trajectory import Trajectory
 from dlm_fast.rollout.unmask import ConfiguredRule, Decision, UnmaskRule
 from dlm_fast.rollout.window import Windows
+
+OnDone = Callable[[list[int], list[Trajectory]], None]
 
 _LOWEST_ENTROPY_SCORE = -1e4  # below minus the entropy of any vocabulary, and finite
 
@@ -44,6 +47,7 @@ def sample(
     max_batch: int | None = None,
     forward: Callable[..., TokenStats] | None = None,
     rule: UnmaskRule | None = None,
+    on_done: OnDone | None = None,
 ) -> list[Trajectory]:
     """Decodes one response for every prompt.
 
@@ -54,6 +58,8 @@ def sample(
     ``max_batch``: most rows in one forward; changes memory, not results.
     ``forward``: called in place of ``policy.stats``, with the same arguments.
     ``rule``: chooses positions in place of ``config.rule``.
+    ``on_done``: called after each forward that finished rows, with their numbers and trajectories,
+    while the other rows are still to be decoded.
     """
     check_family(policy, config)
     if max_batch is not None and max_batch < 1:
@@ -75,9 +81,23 @@ def sample(
             device=getattr(policy, "device", "cpu"),
         )
         loop = _Loop(policy, forward or policy.stats, windows, config, rule, seed, ids)
-        while (row_A := windows.live_R.nonzero()[:max_batch, 0]).numel():
+        record = partial(
+            _trajectories, prompt_ids, windows, config, rule, family.eos_ids, seed, ids, fixed_RW
+        )
+        made: dict[int, Trajectory] = {}
+        # hints may leave a row nothing to decode
+        finished = (~windows.live_R).nonzero()[:, 0].tolist()
+        while True:
+            if finished:
+                trajectories = record(finished)
+                made |= zip(finished, trajectories, strict=True)
+                if on_done is not None:
+                    on_done(finished, trajectories)
+            row_A = windows.live_R.nonzero()[:max_batch, 0]
+            if not row_A.numel():
+                return [made[r] for r in range(len(prompt_ids))]
             loop.step(row_A)
-    return _trajectories(prompt_ids, windows, config, rule, family.eos_ids, seed, ids, fixed_RW)
+            finished = row_A[~windows.live_R[row_A]].tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,30 +275,33 @@ def _trajectories(
     seed: int,
     sequence_ids: list[int],
     fixed_RW: Tensor | None,
+    rows: list[int],
 ) -> list[Trajectory]:
-    ids_RW = windows.ids_RW.cpu()
-    if not rule.may_idle and bool((ids_RW == windows.mask_id).any()):
+    """The record of finished rows (A of them)."""
+    row_A = torch.tensor(rows, device=windows.device)
+    ids_AW = windows.ids_of(row_A).cpu()
+    if not rule.may_idle and bool((ids_AW == windows.mask_id).any()):
         raise RuntimeError(
             "a mask token was left in a finished window; this is a bug of the sampler"
         )
-    ended = torch.isin(ids_RW, torch.tensor(list(eos_ids), dtype=torch.int64)).any(1).tolist()
-    forwards = windows.step_R.tolist()
-    step_map_RW, logprob_RW = windows.step_map_RW.cpu(), windows.logprob_RW.cpu()
-    confidence_RW = windows.confidence_RW.cpu() if config.record_confidence else None
-    # clones: a view would keep, and save, the tensors of the whole call
+    ended = torch.isin(ids_AW, torch.tensor(list(eos_ids), dtype=torch.int64)).any(1).tolist()
+    forwards = windows.step_R[row_A].tolist()
+    step_map_AW, logprob_AW = windows.step_map_RW[row_A].cpu(), windows.logprob_RW[row_A].cpu()
+    confidence_AW = windows.confidence_RW[row_A].cpu() if config.record_confidence else None
+    # clones: a view would keep, and save, the tensors of all these rows
     return [
         Trajectory(
             prompt_ids=prompt_ids[r].clone(),
-            response_ids=ids_RW[r].clone(),
-            step_map=step_map_RW[r].clone(),
-            logp_rollout=logprob_RW[r].clone(),
-            confidence=None if confidence_RW is None else confidence_RW[r].clone(),
+            response_ids=ids_AW[a].clone(),
+            step_map=step_map_AW[a].clone(),
+            logp_rollout=logprob_AW[a].clone(),
+            confidence=None if confidence_AW is None else confidence_AW[a].clone(),
             hint_mask=None if fixed_RW is None else fixed_RW[r] != windows.mask_id,
             sequence_id=sequence_ids[r],
             seed=seed,
             block_size=config.block_size,
-            finish_reason="eos" if ended[r] else "length",
-            num_forwards=forwards[r],
+            finish_reason="eos" if ended[a] else "length",
+            num_forwards=forwards[a],
         )
-        for r in range(len(prompt_ids))
+        for a, r in enumerate(rows)
     ]

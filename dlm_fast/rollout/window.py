@@ -69,9 +69,9 @@ class Windows:
         """[A, W] places of the windows of these rows in ``ids_F``."""
         return self.first_R[row_A][:, None] + torch.arange(self.width, device=row_A.device)
 
-    @property
-    def ids_RW(self) -> Tensor:
-        return self.ids_F[self._flat(torch.arange(len(self.first_R), device=self.first_R.device))]
+    def ids_of(self, row_A: Tensor) -> Tensor:
+        """[A, W], the windows of these rows."""
+        return self.ids_F[self._flat(row_A)]
 
     def quota(self, row_A: Tensor) -> Tensor:
         """int32 [A], reveals due now: the block's masked count shared out evenly over its steps,

@@ -4,7 +4,8 @@ from .base import Example, Score, Task
 from .countdown import CountdownConfig
 from .custom import CustomConfig
 from .registry import TaskConfig, config_type, get, make
-from .scoring import CheckerError, ScoringReport, score_batch
+from .score_stream import ScoreStream
+from .scoring import CheckerError, ScoringReport, refuse_broken_checker, score_batch
 from .sudoku import SudokuConfig
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "make",
     "config_type",
     "score_batch",
+    "ScoreStream",
+    "refuse_broken_checker",
     "ScoringReport",
     "CheckerError",
     "Task",

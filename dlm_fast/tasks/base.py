@@ -23,7 +23,10 @@ class Score:
 
 @runtime_checkable
 class Task(Protocol):
-    """Data, prompts and rewards of one kind of problem."""
+    """Data, prompts and rewards of one kind of problem.
+
+    With an attribute `thread_safe = True` a task says that it may score in several threads at once.
+    """
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from . import arithmetic
 from .answer_text import before_end_of_turn, last_box, tagged_answer
@@ -123,6 +123,7 @@ class Countdown:
 
     config: CountdownConfig = field(default_factory=CountdownConfig)
     name: str = "countdown"
+    thread_safe: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         # read and checked when the task is made, not at the first prompt of a run

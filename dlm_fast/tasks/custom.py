@@ -38,6 +38,9 @@ class CustomConfig:
     conversational: bool = False
     """hand prompts and completions to the function as lists of messages, {"role", "content"}, as
     TRL does for chat data; rows whose prompt is such a list turn it on for themselves"""
+    thread_safe: bool = False
+    """score in threads while other completions are still being decoded: only for a function that
+    may run several times at once. One that takes lists is then called with parts of the batch"""
     columns: dict[str, str] = field(default_factory=dict)
     """column of the data file that holds the field prompt, where it is named otherwise"""
 
@@ -49,6 +52,11 @@ class Custom:
     function: Callable[..., Any]
     config: CustomConfig
     name: str
+
+    @property
+    def thread_safe(self) -> bool:
+        """as the config says: the function is not ours"""
+        return self.config.thread_safe
 
     def load(self, path: str | None, split: str) -> Sequence[Example]:
         """The rows of a file, all their columns, with the text to complete under `prompt`."""

@@ -10,6 +10,9 @@ from .base import BatchTask, Example, Score, Task
 
 log = logging.getLogger(__name__)
 
+GIVE_UP_AFTER = 8
+"""a checker that fails on each of so many completions is broken"""
+
 
 class CheckerError(RuntimeError):
     """A checker that fails on everything is broken; a run must not learn from its zeros."""
@@ -49,7 +52,7 @@ def score_batch(
     completions: Sequence[str],
     examples: Sequence[Example],
     *,
-    give_up_after: int = 8,
+    give_up_after: int = GIVE_UP_AFTER,
 ) -> list[Score]:
     """Score each completion against its example.
 
@@ -62,24 +65,54 @@ def score_batch(
     for completion in completions:
         if not isinstance(completion, str):
             raise TypeError(f"completions must be texts, got {type(completion).__name__}")
+    scores = score_part(task, completions, examples)
+    report = report_failures(task, scores)
+    if report.checker_errors == report.count >= give_up_after:
+        raise CheckerError(_complaint(task, report.checker_errors, report.count, report))
+    return scores
+
+
+def score_part(task: Task, completions: Sequence[str], examples: Sequence[Example]) -> list[Score]:
+    """Verdicts on part of a batch, failures of the checker among them; nothing is logged."""
     scores = _whole_batch(task, completions, examples)
-    if scores is None:
-        scores = [
-            _guarded(task.score, completion, example)
-            for completion, example in zip(completions, examples, strict=True)
-        ]
+    if scores is not None:
+        return scores
+    return [
+        _guarded(task.score, completion, example)
+        for completion, example in zip(completions, examples, strict=True)
+    ]
+
+
+def report_failures(task: Task, scores: Sequence[Score]) -> ScoringReport:
+    """The report on a batch; logs how often the checker failed on it, if it did."""
     report = ScoringReport.of(scores)
     if report.checker_errors:
         log.warning(
             "the checker of task %s failed on %d of %d completions, first: %s",
             task.name, report.checker_errors, report.count, report.first_error,
         )  # fmt: skip
-    if report.checker_errors == report.count >= give_up_after:
-        raise CheckerError(
-            f"the checker of task {task.name} failed on all {report.count} completions, "
-            f"first with {report.first_error}; mend the checker or the data"
-        )
-    return scores
+    return report
+
+
+def refuse_broken_checker(
+    task: Task, failures: float, count: float, limit: float, scores: Sequence[Score] = ()
+) -> None:
+    """Raise CheckerError if the checker failed on more than this share of the completions.
+
+    On all of eight or more it is broken whatever the limit. `failures` and `count` may be sums over
+    processes; `scores` are those at hand, to name the first failure.
+    """
+    if count and (failures > limit * count or failures == count >= GIVE_UP_AFTER):
+        raise CheckerError(_complaint(task, int(failures), int(count), ScoringReport.of(scores)))
+
+
+def _complaint(task: Task, failures: int, count: int, report: ScoringReport) -> str:
+    share = f"all {count}" if failures == count else f"{failures} of {count}"
+    first = f", first with {report.first_error}" if report.first_error else ""
+    return (
+        f"the checker of task {task.name} failed on {share} completions{first}; mend the checker "
+        "or the data"
+    )
 
 
 def _whole_batch(

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 from .answer_text import after_closing_tag, before_end_of_turn, tagged_answer
 from .base import Example, Score, check_split, field_of, mean_details
@@ -144,6 +144,7 @@ class Sudoku:
 
     config: SudokuConfig = field(default_factory=SudokuConfig)
     name: str = "sudoku"
+    thread_safe: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         # read and checked when the task is made, not at the first prompt of a run

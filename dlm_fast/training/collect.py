@@ -11,11 +11,11 @@ from torch import Tensor
 
 from dlm_fast.algorithms.contract import ResampleRequest, SamplingPlan
 from dlm_fast.ops.philox import mix64
-from dlm_fast.rollout import sample
 from dlm_fast.rollout.sampler_config import SamplerConfig
 from dlm_fast.rollout.trajectory import Group, Trajectory, trajectories_of
-from dlm_fast.tasks import Score, score_batch
+from dlm_fast.tasks import Score
 from dlm_fast.training.metrics import MetricSums, Row
+from dlm_fast.training.scored_rollouts import sample_scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +57,20 @@ class Collector:
         seed: int,
         policy_version: int,
         max_batch: int,
+        threads: int = 0,
     ) -> None:
         self._policy, self._task, self._plan = policy, task, plan
         self._rollout = rollout
         self._iteration, self._seed = iteration, seed
-        self._policy_version, self._max_batch = policy_version, max_batch
+        self._policy_version = policy_version
+        self._max_batch, self._threads = max_batch, threads
         self._index: dict[int, int] = {}  # id of a group -> index of its prompt
         self._members: dict[int, int] = {}  # index of a prompt -> rollouts so far
         self.resampled = 0
         self.scores: list[Score] = []
+        """of every rollout so far, those that were asked for on top included"""
+        self.waited_s = 0.0
+        """seconds that scoring added to decoding"""
 
     def collect(self, prompts: Sequence[Prompt]) -> list[Group]:
         """The groups of this rank's prompts."""
@@ -132,36 +137,36 @@ class Collector:
 
     def _sample(self, rows: list[_Row]) -> list[Trajectory]:
         """Rolls out and scores; rows of one sampler are decoded together."""
-        made: dict[int, Trajectory] = {}
+        made: dict[int, tuple[Trajectory, Score]] = {}
         for sampler, is_special in dict.fromkeys((row.sampler, row.is_special) for row in rows):
             mine = [r for r in rows if (r.sampler, r.is_special) == (sampler, is_special)]
             prompts = [row.group.prompt_ids for row in mine]
             ids = [row.sequence_id for row in mine]
-            if self._plan.rollout is not None and not is_special:
-                found = self._plan.rollout(
-                    self._policy, prompts, sampler, seed=self._seed, sequence_ids=ids
-                )
-            else:
-                fixed = [row.fixed_ids for row in mine]
-                found = sample(
-                    self._policy,
-                    prompts,
-                    sampler,
-                    seed=self._seed,
-                    sequence_ids=ids,
-                    fixed_ids=fixed if any(f is not None for f in fixed) else None,
-                    max_batch=self._max_batch,
-                )
-            if len(found) != len(mine):
-                raise ValueError(f"rollout made {len(found)} trajectories for {len(mine)} prompts")
-            made |= dict(zip(map(id, mine), found, strict=True))
-        trajectories = [made[id(row)] for row in rows]
-        for row, trajectory in zip(rows, trajectories, strict=True):
+            fixed = [row.fixed_ids for row in mine]
+            found = sample_scored(
+                self._policy,
+                self._task,
+                prompts,
+                [row.group.example for row in mine],
+                sampler,
+                seed=self._seed,
+                sequence_ids=ids,
+                fixed_ids=fixed if any(f is not None for f in fixed) else None,
+                max_batch=self._max_batch,
+                threads=self._threads,
+                rollout=None if is_special else self._plan.rollout,
+            )
+            self.waited_s += found.waited_s
+            pairs = zip(found.trajectories, found.scores, strict=True)
+            made |= dict(zip(map(id, mine), pairs, strict=True))
+        trajectories = []
+        for row in rows:
+            trajectory, score = made[id(row)]
             trajectory.task_id, trajectory.group_id = row.group.task_id, row.group_id
             trajectory.member, trajectory.sequence_id = row.member, row.sequence_id
             trajectory.policy_version, trajectory.seed = self._policy_version, self._seed
-        examples = [row.group.example for row in rows]
-        self.scores += score_trajectories(self._policy, self._task, trajectories, examples)
+            trajectories.append(trajectory)
+            self.scores.append(score)
         return trajectories
 
     def _demonstration(self, group: Group) -> Trajectory:
@@ -192,19 +197,6 @@ class Collector:
         )
 
 
-def score_trajectories(
-    policy: Any, task: Any, trajectories: Sequence[Trajectory], examples: Sequence[dict[str, Any]]
-) -> list[Score]:
-    """Writes text, reward and verdict into the trajectories."""
-    for trajectory in trajectories:
-        trajectory.text = policy.decode(trajectory.response_ids)
-    scores = score_batch(task, [trajectory.text for trajectory in trajectories], examples)
-    for trajectory, score in zip(trajectories, scores, strict=True):
-        trajectory.reward, trajectory.correct = float(score.reward), bool(score.correct)
-        trajectory.detail = dict(score.detail)
-    return scores
-
-
 def add_rollout_metrics(
     sums: MetricSums, groups: Sequence[Group], scores: Sequence[Score], task: Any
 ) -> None:
@@ -214,8 +206,6 @@ def add_rollout_metrics(
     sums.add_values("reward/mean", rewards)
     sums.add_values("reward/squared", [r * r for r in rewards])
     sums.add_values("reward/correct", [t.correct for t in rollouts])
-    failures = sum("checker_error" in t.detail for t in rollouts)
-    sums.add_count("reward/checker_failures", failures)
     sums.add_values("groups/zero_variance", [len(set(g.rewards.tolist())) == 1 for g in groups])
     lengths = [t.response_length for t in rollouts]
     sums.add_values("rollout/length", lengths)
@@ -225,6 +215,13 @@ def add_rollout_metrics(
     if hasattr(task, "metrics") and scores:
         for name, value in task.metrics(list(scores)).items():
             sums.add(f"task/{name}", value, len(scores))
+
+
+def add_scoring_metrics(sums: MetricSums, scores: Sequence[Score], waited_s: float) -> None:
+    """How the checker did on these rollouts; ``waited_s`` is the iteration's so far."""
+    failures = sum("checker_error" in score.detail for score in scores)
+    sums.add_count("reward/checker_failures", failures)
+    sums.add_max("time/score_wait_s", waited_s)
 
 
 def finish_rollout_metrics(row: Row) -> Row:

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dlm_fast.ops.philox import mix64
-from dlm_fast.rollout import sample
 from dlm_fast.rollout.sampler_config import SamplerConfig
 from dlm_fast.rollout.trajectory import Trajectory
-from dlm_fast.training.collect import score_trajectories
 from dlm_fast.training.distributed import Runtime
 from dlm_fast.training.metrics import MetricSums, Row
+from dlm_fast.training.scored_rollouts import sample_scored
 
 # keeps the draws of evaluations apart from those of training rollouts
 _EVALUATION = 0x6576616C
@@ -36,34 +35,38 @@ def evaluate(
     *,
     seed: int = 0,
     max_batch: int | None = None,
+    threads: int = 0,
     runtime: Runtime | None = None,
 ) -> Evaluation:
     """One completion per example, scored.
 
     The draws depend on the seed and the position of the example alone, so evaluations of one run
-    differ by the weights, not by luck. With a ``runtime`` each rank takes its share and the metrics
-    are global; weights must be whole (``Runtime.unsharded``).
+    differ by the weights, not by luck. ``threads`` score beside the decoding. With a ``runtime``
+    each rank takes its share and the metrics are global; weights must be whole
+    (``Runtime.unsharded``).
     """
     if not examples:
         raise ValueError("no examples to evaluate on: the file or the task gave an empty list")
     rank, world = (runtime.rank, runtime.world) if runtime else (0, 1)
     mine = range(rank, len(examples), world)
     # a rank without an example of its own still takes part in the reduction below
-    trajectories = (
-        sample(
+    own = [examples[i] for i in mine]
+    trajectories, scores = [], []
+    if own:
+        found = sample_scored(
             policy,
-            [policy.encode(task.prompt(examples[i])) for i in mine],
+            task,
+            [policy.encode(task.prompt(example)) for example in own],
+            own,
             sampler,
             seed=seed,
-            sequence_ids=[mix64(_EVALUATION, i) for i in mine],
+            sequence_ids=[evaluation_id(i) for i in mine],
             max_batch=max_batch,
+            threads=threads,
         )
-        if len(mine)
-        else []
-    )
+        trajectories, scores = found.trajectories, found.scores
     for i, trajectory in zip(mine, trajectories, strict=True):
         trajectory.task_id = i
-    scores = score_trajectories(policy, task, trajectories, [examples[i] for i in mine])
     sums = MetricSums()
     sums.add_values("eval/correct", [t.correct for t in trajectories])
     sums.add_values("eval/reward", [t.reward for t in trajectories])
@@ -74,6 +77,11 @@ def evaluate(
     for name, value in task.metrics(scores).items() if hasattr(task, "metrics") and scores else ():
         sums.add(f"eval/{name}", value, len(scores))
     return Evaluation(metrics=sums.reduce(runtime), trajectories=trajectories)
+
+
+def evaluation_id(example: int, number: int = 0) -> int:
+    """Name of the draws of an example's completion ``number``."""
+    return mix64(_EVALUATION, example, number) if number else mix64(_EVALUATION, example)
 
 
 def evaluation_sampler(rollout: SamplerConfig, temperature: float | None) -> SamplerConfig:

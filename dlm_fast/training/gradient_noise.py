@@ -33,6 +33,7 @@ from dlm_fast.models.load import load
 from dlm_fast.ops import GradAccumulator, mix64
 from dlm_fast.rollout.sampler_config import SamplerConfig
 from dlm_fast.rollout.trajectory import Group
+from dlm_fast.tasks import refuse_broken_checker
 from dlm_fast.training.collect import Collector, Prompt
 from dlm_fast.training.data import ExampleStream
 from dlm_fast.training.demonstration import ROLLOUT, DemonstrationConfig, warm_start
@@ -342,9 +343,12 @@ def rollouts(
         max_batch=config.prompts * config.group_size,
     )
     policy.eval()
-    return collector.collect(
+    groups = collector.collect(
         [Prompt(example=examples[k], task_id=k, index=i) for i, k in enumerate(indices)]
     )
+    failures = sum("checker_error" in score.detail for score in collector.scores)
+    refuse_broken_checker(task, failures, len(collector.scores), 1.0, collector.scores)
+    return groups
 
 
 def warm_started(seed: int, steps: int) -> tuple[Any, Any, SamplerConfig]:

@@ -14,7 +14,14 @@ import torch
 
 from dlm_fast.algorithms.contract import Algorithm, AlgorithmConfig, Context
 from dlm_fast.rollout.sampler_config import SamplerConfig
-from dlm_fast.training.collect import Collector, Prompt, add_rollout_metrics, finish_rollout_metrics
+from dlm_fast.tasks import CheckerError, Score, refuse_broken_checker
+from dlm_fast.training.collect import (
+    Collector,
+    Prompt,
+    add_rollout_metrics,
+    add_scoring_metrics,
+    finish_rollout_metrics,
+)
 from dlm_fast.training.data import ExampleStream, choose_examples
 from dlm_fast.training.distributed import Runtime
 from dlm_fast.training.evaluate import evaluate, evaluation_sampler
@@ -135,11 +142,15 @@ class Trainer:
             self._set_state(self._disk.open(resume=self._resume))
             max_steps, shown = self.config.max_steps, self.runtime.is_main
             with ProgressView(max_steps, self.step, shown=shown) as self._view:
-                if self.step == 0 and self.eval_examples:
-                    self._record({"step": 0, **self._evaluate()})
-                signal = self._stop_requested()
-                while self.step < max_steps and signal is None:
-                    signal = self._next_step()
+                try:
+                    if self.step == 0 and self.eval_examples:
+                        self._record_evaluated({"step": 0, **self._evaluate()})
+                    signal = self._stop_requested()
+                    while self.step < max_steps and signal is None:
+                        signal = self._next_step()
+                except CheckerError as error:
+                    self._save()
+                    raise CheckerError(f"{error}\n{self._disk.closing_words()}") from None
             self._save()
             self._disk.draw(at_once=True)
             self._disk.require_saved()
@@ -165,7 +176,7 @@ class Trainer:
         every = self.config.eval_every
         if self.eval_examples and (self.step % every == 0 or self.step == self.config.max_steps):
             row |= self._evaluate()
-        self._record(row)
+        self._record_evaluated(row)
         if self.stepper.gave_up is not None:
             reason, self.stepper.gave_up = self.stepper.gave_up, None
             self.stepper.bad_in_a_row = 0
@@ -179,8 +190,13 @@ class Trainer:
         """Rollouts, then the algorithm's optimizer steps; None if a signal came in between."""
         sums, started = MetricSums(), time.monotonic()
         position = self._stream.position
-        with self.whole_weights():
-            samples, context = self._collect(sums)
+        try:
+            with self.whole_weights():
+                samples, context = self._collect(sums)
+        except CheckerError:  # on every rank, since the counts are global
+            self._stream.position = position
+            self._record({"step": self.step + 1, **self._finished(sums)})
+            raise
         if self._stop_requested() is not None:
             self._stream.position = position
             return None
@@ -202,7 +218,10 @@ class Trainer:
         sums.add_max("time/update_s", finished - rolled_out)
         sums.add_max("time/step_s", finished - started)
         add_memory(sums, self.runtime.device)
-        return {"step": self.step, **finish_rollout_metrics(sums.reduce(self.runtime))}
+        return {"step": self.step, **self._finished(sums)}
+
+    def _finished(self, sums: MetricSums) -> Row:
+        return finish_rollout_metrics(sums.reduce(self.runtime))
 
     def _collect(self, sums: MetricSums) -> tuple[Any, Context]:
         """Samples of this rank, from its share of the prompts."""
@@ -216,6 +235,7 @@ class Trainer:
             seed=self.seed,
             policy_version=self.policy_version,
             max_batch=self.config.rollout_batch,
+            threads=self.config.score_threads,
         )
         context = self.make_context()
         # every rank-th prompt: equal slices of the ranks' lists make up slices of the whole list
@@ -227,9 +247,19 @@ class Trainer:
         groups = collector.collect(prompts)
         if plan.sampler is not None:
             add_rollout_metrics(sums, groups, collector.scores, self.task)
+            add_scoring_metrics(sums, collector.scores, collector.waited_s)
+            # before refine, which may go on asking for rollouts until some reward is not 0
+            self._refuse_broken_checker(collector.scores)
         groups = self.algorithm.refine(groups, collector.resample)
         sums.add_count("rollout/resampled", collector.resampled)
+        if collector.resampled:
+            add_scoring_metrics(sums, collector.scores[-collector.resampled :], collector.waited_s)
         return self.algorithm.prepare(groups, context), context
+
+    def _refuse_broken_checker(self, scores: Sequence[Score]) -> None:
+        failures = self.runtime.sum(sum("checker_error" in score.detail for score in scores))
+        count, limit = self.runtime.sum(len(scores)), self.config.max_checker_failures
+        refuse_broken_checker(self.task, failures, count, limit, scores)
 
     def make_context(self) -> Context:
         """What this iteration's ``prepare`` and ``updates`` may use."""
@@ -268,6 +298,7 @@ class Trainer:
                 evaluation_sampler(self.rollout, self.config.eval_temperature),
                 seed=self.seed,
                 max_batch=self.config.rollout_batch,
+                threads=self.config.score_threads,
                 runtime=self.runtime,
             )
         shown = found.trajectories[: self.config.log_samples]
@@ -281,6 +312,11 @@ class Trainer:
         self._history.append(ordered)
         self._disk.record(ordered)
         self._view.show(self.step, ordered)
+
+    def _record_evaluated(self, row: Row) -> None:
+        self._record(row)
+        failures, count = row.get("eval/checker_failures", 0.0), len(self.eval_examples)
+        refuse_broken_checker(self.task, failures, count, self.config.max_checker_failures)
 
     def _stop_requested(self) -> str | None:
         """The signal that any rank has received: all stop together."""

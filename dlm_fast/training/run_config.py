@@ -22,6 +22,13 @@ class TrainConfig:
     """rollouts per forward and backward pass; changes memory and time, not the result"""
     rollout_batch: int = 128
     """rollouts decoded together; changes memory and time, not the result"""
+    score_threads: int = 4
+    """threads that score completions while others are still being decoded, for tasks that allow it;
+    0: score when all are decoded. The same rewards"""
+    max_checker_failures: float = 0.5
+    """stop, with the state saved, when the task's checker itself fails on more than this fraction
+    of a step's rollouts or of an evaluation's; one that fails on all of eight or more stops the run
+    in any case"""
     lr: float = 5e-7
     """learning rate of AdamW after the warm-up"""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -78,6 +85,7 @@ class TrainConfig:
         ):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in (
+            "score_threads",
             "eval_every",
             "eval_examples",
             "log_samples",
@@ -88,6 +96,8 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "per_sample_clip"):
             value = getattr(self, name)
             _require(name, value, 0 <= value < math.inf, "0 or more, and finite")
+        share = self.max_checker_failures
+        _require("max_checker_failures", share, 0 <= share <= 1, "from 0 to 1")
         _require("lr", self.lr, 0 < self.lr < 1, "between 0 and 1")
         ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require("betas", self.betas, ok, "two numbers from 0 to below 1")

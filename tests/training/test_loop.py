@@ -18,6 +18,7 @@ from dlm_fast.models.requests import ScoreRequest
 from dlm_fast.rollout import SamplerConfig, trajectories_of
 from dlm_fast.tasks import CheckerError
 from dlm_fast.training import TrainConfig, Trainer
+from dlm_fast.training.metrics import read_metrics
 
 UNSTEADY = ("time/", "memory/")
 
@@ -221,10 +222,40 @@ def test_rollout_metrics_are_right():
 
 
 def test_a_failing_checker_is_counted(caplog):
-    row = trainer_of(Config(), task=DigitsTask(fails_on="7"), prompts_per_step=24).run().history[0]
+    trainer = trainer_of(Config(), task=DigitsTask(fails_on="7"), prompts_per_step=24, max_steps=1)
+    row = trainer.run().metrics
     numbers = [7 * i * i for i in range(24)]
-    assert row["reward/checker_failures"] == 3 * sum(n % 10 == 7 for n in numbers) > 0
+    more = [t for made in trainer.algorithm.resampled for t in made]
+    failed = sum("checker_error" in t.detail for t in more)
+    assert row["reward/checker_failures"] == 3 * sum(n % 10 == 7 for n in numbers) + failed > failed
     assert "the checker is broken" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"), [(0.2, "failed on 15 of 72 completions"), (0.21, None), (1.0, None)]
+)
+def test_a_checker_that_fails_too_often_stops_the_run(limit, message, tmp_path):
+    """15 of 72 are 0.2083; the state is saved, and the run goes on where the checker is mended."""
+    folder = tmp_path / "run"
+
+    def trainer(task, **options):
+        train = TrainConfig(
+            max_steps=2, prompts_per_step=24, eval_every=0, lr=1e-2, max_checker_failures=limit
+        )
+        return Trainer(
+            tiny_policy(), task, Config(), train, rollout=ROLLOUT, seed=5, run_dir=folder, **options
+        )
+
+    if message is None:
+        assert trainer(DigitsTask(fails_on="7")).run().step == 2
+        return
+    with pytest.raises(CheckerError, match=f"{message}.*the checker is broken(.|\n)*continue"):
+        trainer(DigitsTask(fails_on="7")).run()
+    [row] = read_metrics(folder / "metrics.jsonl")
+    assert (row["step"], row["reward/checker_failures"]) == (1, 15)
+    resumed = trainer(DigitsTask(), resume=True).run()
+    straight = trainer_of(Config(), prompts_per_step=24, max_steps=2, micro_batch=16).run()
+    assert steady(resumed.history) == steady(straight.history)
 
 
 def test_a_checker_that_always_fails_stops_the_run():
@@ -232,8 +263,11 @@ def test_a_checker_that_always_fails_stops_the_run():
         def score(self, completion, example):
             raise RuntimeError("no such key")
 
-    with pytest.raises(CheckerError, match="no such key"):
-        trainer_of(Config(), task=Broken()).run()
+    for options in ({}, {"max_checker_failures": 1.0}, {"eval_every": 1, "eval_examples": 9}):
+        trainer = trainer_of(Config(), task=Broken(), **options)
+        with pytest.raises(CheckerError, match=r"failed on all \d+ completions"):
+            trainer.run()
+        assert trainer.step == 0
 
 
 def test_bf16_parameters_are_refused_at_small_rates():
