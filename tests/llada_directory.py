@@ -120,13 +120,13 @@ def write_llada_directory(
         name: (torch.randn(shape, generator=generator) * 0.05 + (len(shape) == 1)).to(dtype)
         for name, shape in tensor_shapes(CONFIG | changes).items()
     }
-    _write_tensors(directory, tensors, shards)
+    write_tensors(directory, tensors, shards)
     if tokenizer:
-        _write_tokenizer(directory)
+        write_tokenizer(directory)
     return directory
 
 
-def _write_tensors(directory: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:
+def write_tensors(directory: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:
     if shards == 1:
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         return
@@ -140,7 +140,7 @@ def _write_tensors(directory: Path, tensors: dict[str, torch.Tensor], shards: in
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path) -> None:
     tokenizer = Tokenizer(models.BPE(VOCABULARY, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

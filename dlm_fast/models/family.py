@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Kind = Literal["full", "block", "causal"]
 
@@ -33,6 +34,9 @@ class Family:
     """tokens per attention block, for kind "block" only"""
     max_length: int | None = None
     """longest sequence the model was made for"""
+    unused_ids: tuple[int, ...] = ()
+    """rows of the head that the tokenizer has no token for (matrices are padded to round sizes);
+    sampling never draws them"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +65,21 @@ class FamilyFormat:
     """raises a ValueError that names the key it cannot follow"""
     tensor_name: Callable[[str], str]
     """name of a parameter in the checkpoint, from its name in the Policy"""
+    tokenizer_class: type[PreTrainedTokenizerBase] | None = None
+    """reads directories that hold a vocabulary but no tokenizer.json; None: as Transformers finds
+    it"""
 
 
-def config_value(config: dict[str, Any], key: str, kind: type[int] | type[float]) -> Any:
-    """config[key] if it is of this type, else a ValueError that names the key."""
+def config_value(config: dict[str, Any], key: str, kind: type) -> Any:
+    """config[key] if it is of this type (and above 0, if a number), else a ValueError that names
+    the key."""
     if key not in config:
         raise ValueError(f"config.json lacks {key!r}")
-    value = config[key]
+    value: Any = config[key]
     if kind is float and type(value) is int:
-        return float(value)
+        value = float(value)
     if type(value) is not kind:
         raise ValueError(f"config.json: {key} must be {kind.__name__}, got {value!r}")
-    if value <= 0:
+    if isinstance(value, int | float) and kind is not bool and not 0 < value < math.inf:
         raise ValueError(f"config.json: {key} must be above 0, got {value!r}")
     return value

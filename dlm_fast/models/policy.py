@@ -5,6 +5,7 @@ T packed rows, B sequences, S sequence length, N selected rows, P prompt tokens,
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dlm_fast.models import text
 from dlm_fast.models.backbone import refuse_mask, set_checkpointing
 from dlm_fast.models.family import Family
 from dlm_fast.models.head import Head
+from dlm_fast.models.lora import Adapters, adapters_off, merged_state, save_adapters
 from dlm_fast.models.requests import LogitsRequest, ScoreRequest, StatsRequest
 from dlm_fast.models.save import save_checkpoint
 from dlm_fast.models.source import Source
@@ -44,6 +46,8 @@ class Policy(nn.Module):
         self.family = family
         self.source = source
         self.tokenizer = tokenizer
+        self.adapters: Adapters | None = None
+        """low-rank adapters, where ``load`` was given ``lora``: they alone are trained"""
 
     def forward(
         self,
@@ -148,7 +152,7 @@ class Policy(nn.Module):
 
     def encode(self, prompt: str, chat: bool = True) -> Tensor:
         """int64 [P] on the CPU; ``chat`` applies the tokenizer's chat template if it has one."""
-        return text.encode(self.tokenizer, prompt, chat, self.family.mask_id)
+        return text.encode(self.tokenizer, prompt, chat, self.family)
 
     def decode(self, token_ids: Tensor | Sequence[int]) -> str:
         """Text up to the first end-of-sequence token, without special tokens."""
@@ -165,10 +169,28 @@ class Policy(nn.Module):
 
         ``dtype`` None writes parameters as they are, so nothing is rounded; "source" writes each
         tensor in the type the source had; or a name like "bfloat16". ``state_dict`` replaces the
-        parameters where they are sharded over processes and were gathered by the caller.
+        parameters where they are sharded over processes and were gathered by the caller. Adapters
+        are merged into the weights, and written by themselves into ``adapter/`` inside.
         """
         state = self.state_dict() if state_dict is None else state_dict
-        save_checkpoint(Path(path), state, self.source, dtype)
+        if self.adapters is not None:
+            plain = merged_state(state, self.adapters)
+            save_checkpoint(Path(path), plain, self.source, dtype)
+            self.save_adapter(Path(path) / "adapter", state_dict=state)
+        else:
+            save_checkpoint(Path(path), state, self.source, dtype)
+
+    def save_adapter(
+        self, path: str | Path, *, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """Writes the adapters alone in peft's format, for the source's own model class."""
+        state = self.state_dict() if state_dict is None else state_dict
+        save_adapters(Path(path), state, self._needed_adapters(), self.source.format.tensor_name)
+
+    def reference(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the policy computes as it was before its adapters were trained."""
+        self._needed_adapters()
+        return adapters_off(self.backbone)
 
     def idle_loss(self) -> Tensor:
         """A scalar 0 whose gradient is zero in every parameter."""
@@ -205,6 +227,14 @@ class Policy(nn.Module):
         embedding = self.backbone.get_input_embeddings()
         assert isinstance(embedding, nn.Embedding)
         return embedding
+
+    def _needed_adapters(self) -> Adapters:
+        if self.adapters is None:
+            raise ValueError(
+                "this policy has no adapters: its own weights are trained; load it with "
+                "lora=LoraOptions(rank=16), or load the checkpoint a second time as a reference"
+            )
+        return self.adapters
 
     def _idle(self) -> Tensor:
         token_1 = torch.zeros(1, dtype=torch.int64, device=self.device)

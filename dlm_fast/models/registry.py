@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from dlm_fast.models import llada, tiny
+from dlm_fast.models import causal, dream, llada, sdar, tiny
 from dlm_fast.models.family import FamilyFormat
 
 FORMATS: dict[str, FamilyFormat] = {
-    family.FORMAT.model_type: family.FORMAT for family in (llada, tiny)
+    family_format.model_type: family_format
+    for family_format in (
+        llada.FORMAT,
+        dream.FORMAT,
+        sdar.FORMAT,
+        causal.QWEN2,
+        causal.QWEN3,
+        causal.LLAMA,
+        tiny.FORMAT,
+    )
 }
 
 

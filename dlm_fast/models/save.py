@@ -50,8 +50,13 @@ def save_checkpoint(
     tensors = {
         source.format.tensor_name(name): tensor
         for name, tensor in state.items()
-        if not (source.tied_head and name == "lm_head.weight")
+        if name != "lm_head.weight" or source.stores_tied_head or not source.tied_head
     }
+    if (
+        source.stores_tied_head
+    ):  # files hold no tensor twice: the second one needs memory of its own
+        head = source.format.tensor_name("lm_head.weight")
+        tensors[head] = tensors[head].clone()
     if dtype is not None:
         wanted = {
             name: source.dtypes.get(name, tensor.dtype) if dtype == "source" else dtype

@@ -33,7 +33,9 @@ class Source:
     files: dict[str, bytes]
     """config, tokenizer and code by name, written back as they are"""
     tied_head: bool = False
-    """the head is the embedding matrix and is stored once"""
+    """the head is the embedding matrix"""
+    stores_tied_head: bool = False
+    """a tied head lies in the files a second time, under its own name"""
     shards: dict[str, str] = field(default_factory=dict)
     """file of each tensor; empty: new files by size"""
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)

@@ -11,15 +11,31 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dlm_fast.models.family import Family
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a checkpoint, without its code and without the network; None if absent."""
+_TURN = "a turn of text"
+
+
+def load_tokenizer(
+    directory: Path, vocabulary_class: type[PreTrainedTokenizerBase] | None = None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint, without its code and without the network; None if absent.
+
+    ``vocabulary_class`` reads vocab.json and merges.txt where there is no tokenizer.json.
+    """
+    tokenizer_class: Any = AutoTokenizer
     if (directory / "tokenizer.json").is_file():
         # not AutoTokenizer: it would ask config.json, where families name code of their own
-        tokenizer_class: Any = PreTrainedTokenizerFast
-        files = "tokenizer.json"
+        tokenizer_class, files = PreTrainedTokenizerFast, "tokenizer.json"
+    elif vocabulary_class is not None and (directory / "vocab.json").is_file():
+        tokenizer_class, files = vocabulary_class, "vocab.json"
+        if not (directory / "merges.txt").is_file():
+            raise ValueError(
+                f"{directory / 'merges.txt'} is missing beside vocab.json; copy or download it "
+                "again, or remove vocab.json to work with token ids alone"
+            )
     elif (directory / "tokenizer_config.json").is_file():
-        tokenizer_class, files = AutoTokenizer, "tokenizer_config.json"
+        files = "tokenizer_config.json"
     else:
         return None
     try:
@@ -33,6 +49,20 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
         ) from error
 
 
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes after an answer, if it writes one."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": _TURN}, {"role": "assistant", "content": _TURN}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        after = tokenizer(text.rpartition(_TURN)[2], add_special_tokens=False)["input_ids"]
+    except Exception:  # templates are programs and may refuse any conversation
+        return None
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return next((token for token in after if token in special), None)
+
+
 def tokenizer_from_files(files: dict[str, bytes]) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model that has no directory yet."""
     with tempfile.TemporaryDirectory() as directory:
@@ -42,7 +72,7 @@ def tokenizer_from_files(files: dict[str, bytes]) -> PreTrainedTokenizerBase | N
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase | None, prompt: str, chat: bool, mask_id: int | None
+    tokenizer: PreTrainedTokenizerBase | None, prompt: str, chat: bool, family: Family
 ) -> Tensor:
     """int64 [P]."""
     tokenizer = _needed(tokenizer)
@@ -60,10 +90,18 @@ def encode(
         raise ValueError(
             f"the tokenizer cannot encode {unknown or prompt!r} ({error}); replace it in the text"
         ) from error
-    if mask_id is not None and mask_id in ids:
+    if family.mask_id is not None and family.mask_id in ids:
+        mask = tokenizer.convert_ids_to_tokens(family.mask_id)
         raise ValueError(
-            f"the prompt holds the mask token {tokenizer.convert_ids_to_tokens(mask_id)!r}, which "
-            "stands for text still to be decoded; remove it from the prompt"
+            f"the prompt holds the mask token {mask!r}, which stands for text still to be decoded; "
+            "remove it from the prompt"
+        )
+    beyond = next((token for token in ids if token >= family.vocab_size), None)
+    if beyond is not None:
+        raise ValueError(
+            f"the tokenizer writes {tokenizer.convert_ids_to_tokens(beyond)!r} as {beyond}, but "
+            f"the model's vocabulary has {family.vocab_size} rows: the tokenizer was extended "
+            "without the model; use the model's own, or remove that token from the text"
         )
     return torch.tensor(ids, dtype=torch.int64)
 

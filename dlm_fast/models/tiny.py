@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from dlm_fast.models.family import Blueprint, FamilyFormat, Kind, config_value
+from dlm_fast.models.transformers_format import tensor_name
 
 MODEL_TYPE = "dlm_fast_tiny"
 _DIGITS = "0123456789"
@@ -201,8 +202,4 @@ def _read_config(config: dict[str, Any]) -> Blueprint:
     )
 
 
-def _tensor_name(name: str) -> str:
-    return name if name.startswith("lm_head.") else f"model.{name.removeprefix('backbone.')}"
-
-
-FORMAT = FamilyFormat(model_type=MODEL_TYPE, read_config=_read_config, tensor_name=_tensor_name)
+FORMAT = FamilyFormat(model_type=MODEL_TYPE, read_config=_read_config, tensor_name=tensor_name)

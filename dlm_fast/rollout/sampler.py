@@ -148,7 +148,9 @@ class _Loop:
         self.config, self.rule = config, rule
         self.token_rng = Rng.of(seed, Stream.TOKEN, sequence_ids).to(windows.device)
         self.unmask_rng = Rng.of(seed, Stream.UNMASK, sequence_ids).to(windows.device)
-        self.forbid_ids = tuple(dict.fromkeys((policy.family.mask_id, *config.forbid_ids)))
+        family = policy.family
+        never = (family.mask_id, *family.unused_ids, *config.forbid_ids)
+        self.forbid_ids = tuple(dict.fromkeys(never))
         self.layout: _Layout | None = None
 
     def step(self, row_A: Tensor) -> None:

@@ -64,7 +64,7 @@ class SamplerConfig:
     """give drawn end-of-text tokens the lowest confidence, so that they are revealed last; usual in
     evaluation, not in training"""
     forbid_ids: tuple[int, ...] = ()
-    """token ids never drawn, besides the mask id"""
+    """token ids never drawn, besides the mask id and ids that the tokenizer has no token for"""
     record_confidence: bool = False
     """keep the confidence of every revealed token in its trajectory"""
 

@@ -99,8 +99,9 @@ class Windows:
         self.ids_F[self.first_R[row_N] + column_N] = token_N
         self.pending_RW[row_N, column_N] = False
         self.step_map_RW[row_N, column_N] = self.step_R[row_N]
-        self.logprob_RW[row_N, column_N] = logprob_N
-        self.confidence_RW[row_N, column_N] = score_N
+        # statistics of a float64 model are float64
+        self.logprob_RW[row_N, column_N] = logprob_N.to(self.logprob_RW.dtype)
+        self.confidence_RW[row_N, column_N] = score_N.to(self.confidence_RW.dtype)
 
     def count_step(self, row_A: Tensor) -> None:
         self.step_R[row_A] += 1

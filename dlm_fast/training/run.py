@@ -34,7 +34,7 @@ def make_trainer(config: RunConfig, *, policy: Any = None) -> Trainer:
         runtime = Runtime(device=config.train.device, precision=config.train.precision)
         config = replace(config, run_dir=runtime.on_main(lambda: _new_run_dir(config)))
     if policy is None:
-        policy = load(config.model, **config.model_options)
+        policy = load(config.model, lora=config.lora, **config.model_options)
     return Trainer(
         policy,
         tasks.get(config.task, **config.task_options),

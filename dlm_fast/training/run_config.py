@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal, cast
 
 from dlm_fast.algorithms import ALGORITHMS
+from dlm_fast.models.lora_options import LoraOptions
 from dlm_fast.rollout.sampler_config import SamplerConfig
 
 
@@ -147,6 +148,8 @@ class RunConfig:
     """directory of a checkpoint, or "tiny" for a small model made on the spot"""
     model_options: dict[str, Any] = field(default_factory=dict)
     """further options of ``dlm_fast.load``"""
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    """train low-rank adapters instead of all weights; needs the extra lora"""
     task: str = "sudoku"
     """task by name, or path.py:function"""
     task_options: dict[str, Any] = field(default_factory=dict)

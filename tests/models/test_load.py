@@ -268,7 +268,7 @@ def pickled(directory):
         (write("tokenizer.json", "{}"), r"tokenizer\.json: the tokenizer cannot be read"),
         (
             lambda d: edit_config(d, model_type="bert"),
-            "model_type 'bert' is not supported; supported are 'llada', 'dlm_fast_tiny'",
+            "model_type 'bert' is not supported; supported are 'llada', 'Dream', 'sdar'",
         ),
         (
             lambda d: edit_config(d, mask_token_id=None),
