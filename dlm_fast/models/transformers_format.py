@@ -42,8 +42,9 @@ _OFF: dict[str, tuple[Any, ...]] = {
 _INERT = """
     architectures auto_map model_type bos_token_id eos_token_id pad_token_id mask_token_id
     block_size tokenizer_class max_new_tokens attn_implementation dtype torch_dtype
-    transformers_version use_cache initializer_range pretraining_tp return_dict output_attentions output_hidden_states
-    rope_theta rope_scaling rope_parameters layer_types sliding_window max_window_layers
+    transformers_version use_cache initializer_range pretraining_tp return_dict
+    output_attentions output_hidden_states rope_theta rope_scaling rope_parameters layer_types
+    sliding_window max_window_layers
     debug ep_size fuse_cross_entropy micro_forward skip_checkpoint use_deepep
 """
 """keys that are read elsewhere, checked below, or say how a framework runs the same network; the
