@@ -16,7 +16,7 @@ PAIRS = [
     for grad in (torch.float32, torch.bfloat16, torch.float16)
 ] + [(torch.float64, torch.float64)]
 """types of main gradient and gradient"""
-SIZES = (0, 1, 7, 8, 63, 64, 65, 16384, 16385, 40000)
+SIZES = (0, 1, 7, 8, 63, 64, 65, 16383, 16384, 16385, 40000)
 """around a block, a chunk and several"""
 
 

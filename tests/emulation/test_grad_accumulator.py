@@ -48,11 +48,21 @@ def test_random_lists(sizes, pair, max_norm, order, seed):
 
 
 def test_more_tensors_than_a_launch_takes(run):
-    """Three bundles; views that do not lie on a border of 16 bytes."""
-    storage = torch.randn(2, 150 * 13 + 1, generator=torch.Generator().manual_seed(1))
+    """Five bundles, more chunks than a block has threads; views that do not lie on a border of 16
+    bytes."""
+    storage = torch.randn(2, 300 * 13 + 1, generator=torch.Generator().manual_seed(1))
     mains = list(storage[0, 1:].split(13))
     grads = [part.bfloat16() for part in storage[1, 1:].split(13)]
     check(run, mains, grads, 2.0, max_norm=1.0, square_elsewhere=5.0)
+
+
+def test_a_norm_at_the_limit_is_not_scaled(run):
+    """Nor does a limit whose square is no longer above zero make a number of nothing."""
+    mains = [torch.ones(3)]
+    result = run(axpy_multi, mains, [torch.zeros(3)], max_norm=1e-200)
+    assert result.tolist() == [0.0, 0.0, 1.0] and mains[0].eq(1).all()
+    result = run(axpy_multi, mains, [torch.tensor([3.0, 4.0, 0.0])], max_norm=5.0)
+    assert result[2] == 1.0
 
 
 def test_infinity_and_nan_stay_visible(run):
