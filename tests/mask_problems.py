@@ -80,13 +80,13 @@ def check_ragged(run: Run, sampler: str, lengths: list[int]) -> None:
         )
 
 
-def check_every_count(run: Run, size: int, last: int = 0) -> None:
-    """Copies that mask 0, 1, ... all of their tokens (the `last` of these, where given), on both
-    sides of a pair: the smallest keys, the rest, and nothing else."""
+def check_every_count(run: Run, size: int, last: int = 0, step: int = 1) -> None:
+    """Copies that mask 0, 1, ... all of their tokens (the `last` of these, where given, and every
+    `step`-th), on both sides of a pair: the smallest keys, the rest, and nothing else."""
     token_ids, maskable = random_batch(2, size)
     length = int(maskable[0].sum())
     maskable[1] = maskable[0]
-    counts = torch.arange(length + 1, dtype=torch.int32)[-last:].expand(2, -1)
+    counts = torch.arange(length + 1, dtype=torch.int32)[-last::step].expand(2, -1)
     start, keys = torch.tensor([0, size, 2 * size]), rng_of(2).keys
     flat = (token_ids.reshape(-1), maskable.reshape(-1), start, keys)
     for paired in (False, True):

@@ -37,6 +37,12 @@ def test_nearly_all_of_many_tokens(run):
     check_every_count(run, 1500, last=3)
 
 
+@pytest.mark.covers("mask_fill")
+def test_last_chosen_keys_that_differ_in_the_second_digit():
+    """Some of the other keys differ from them in the last bit of the first digit alone."""
+    check_every_count(on_emulator("forward"), 1500, step=5)
+
+
 @settings(max_examples=80, deadline=None)
 @given(calls(), st.sampled_from(Emulated.ORDERS), st.integers(0, 2**16))
 def test_equals_the_definition(call, order, seed):
