@@ -1,4 +1,4 @@
-"""The matrix products of the CUDA path of the head ops: the one place where torch multiplies.
+"""The matrix products of the CUDA path: the one place where torch multiplies.
 
 16-bit factors, float32 sums and results, which torch offers on CUDA alone; on CPU tensors, in the
 tests, the same products of widened factors. float32 and float64 stay what they are.
@@ -32,6 +32,14 @@ def add_weight_gradient(
     out = weight_grad_VD
     left, right, wide = _factors(logits_grad_NV.t(), hidden_ND, out)
     torch.addmm(out, left, right, beta=float(keep), alpha=alpha, out=out, **wide)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left right``, wide."""
+    dtype = torch.float32 if left.dtype in HALVES else left.dtype
+    out = torch.empty(left.shape[0], right.shape[1], dtype=dtype, device=left.device)
+    _multiply(left, right, out)
+    return out
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -120,7 +120,7 @@ class _Norms:
         self._grams = [
             hidden_ND.new_zeros(s.stop - s.start, s.stop - s.start) for s in self._samples
         ]
-        self._square_K = torch.zeros(len(self._samples), dtype=torch.float64)
+        self._square_K = hidden_ND.new_zeros(len(self._samples), dtype=torch.float64)
 
     def add(self, gradient_NP: Tensor) -> None:
         if not self._use_gram:

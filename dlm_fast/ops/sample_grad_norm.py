@@ -5,7 +5,8 @@ For y = x Wᵀ and the rows of sample k, dW_k = Σ_i dy_iᵀ x_i and
     ||dW_k||² = Σ_{i,j in k} (dy_i·dy_j)(x_i·x_j)         «gram»,  T²(Din+Dout) flop by symmetry
               = sum of squares of dW_k, tile by tile      «direct», 2 T Din Dout flop
 
-No T x T matrix and no gradient reaches memory. ``auto`` takes gram iff T < Din·Dout/(Din+Dout).
+No T x T matrix and no gradient reaches memory, but for one tile of them at a time on CUDA. ``auto``
+takes gram iff T < Din·Dout/(Din+Dout).
 Letters: ``N`` rows of all samples, ``K`` samples.
 """
 
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor
 
 from dlm_fast.ops._common import addresses, check_dtype, extension, num_threads
+from dlm_fast.ops._cuda_norms import sample_squares
 from dlm_fast.ops._device import check_device
+from dlm_fast.ops._executor import executor_of
 from dlm_fast.ops._head_inputs import FLOAT_DTYPES, unit_stride
 
 METHODS = ("auto", "gram", "direct")
@@ -28,7 +31,8 @@ METHODS = ("auto", "gram", "direct")
 def sample_grad_norm(
     grad_output: Tensor, input: Tensor, starts: Tensor | Sequence[int], *, method: str = "auto"
 ) -> Tensor:
-    """float64 [K]: squared norms of the gradients of ``weight`` in ``linear(input, weight)``.
+    """float64 [K] on their device: squared norms of the gradients of ``weight`` in
+    ``linear(input, weight)``.
 
     ``grad_output`` [N, Dout] and ``input`` [N, Din] may have different types; sample k has the rows
     ``starts[k]`` to ``starts[k+1]``, so ``starts`` has K+1 entries that do not fall.
@@ -96,8 +100,13 @@ def _check(
     return check_starts(op, starts, len(input))
 
 
-@torch.library.custom_op("dlm_fast::sample_grad_norm", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "dlm_fast::sample_grad_norm", mutates_args=(), device_types=("cpu", "cuda")
+)
 def _sample_grad_norm(grad_output: Tensor, input: Tensor, starts: Tensor, method: int) -> Tensor:
+    executor = executor_of(input.device)
+    if executor is not None:
+        return sample_squares(executor, grad_output, input, starts, METHODS[method])
     grad_output, input = unit_stride(grad_output), unit_stride(input)
     square_K = torch.empty(starts.numel() - 1, dtype=torch.float64)
     extension().sample_grad_norm_cpu(

@@ -225,9 +225,11 @@ def _token_logprob_bwd(
         None if g is None else g.contiguous() for g in (grad_logprob, grad_lse, grad_entropy)
     ]
     *statistics_N, kept = forward
-    made = empty_gradients(hidden, weight, wanted)
-    wanted_only = [g if want else None for g, want in zip(made, wanted, strict=True)]
     call = cuda_call(hidden, weight, targets, rows, bias, temperature, forbid_ids)
+    made = list(empty_gradients(hidden, weight, wanted))
+    if wanted[0]:
+        made[0] = empty_hidden_gradient(hidden, call)
+    wanted_only = [g if want else None for g, want in zip(made, wanted, strict=True)]
     if call is not None:
         outputs = dict(zip(FORWARD, statistics_N, strict=True))
         results = Gradients(wanted_only[0], wanted_only[1], wanted_only[2])
@@ -240,13 +242,21 @@ def _token_logprob_bwd(
             addresses(*cotangents),
             addresses(*wanted_only),
         )
+    # empty ones, too, have the types that the fake promises
     return made[0].to(hidden.dtype), made[1].to(weight.dtype), made[2]
+
+
+def empty_hidden_gradient(hidden: Tensor, call: HeadCall | None) -> Tensor:
+    """Where a gradient that is final lands: the CPU adds rows, CUDA kernels write all, rounded."""
+    if call is not None:
+        return torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    return torch.zeros(hidden.shape, dtype=output_dtype(hidden.dtype))
 
 
 def empty_gradients(
     hidden: Tensor, weight: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where kernels leave gradients: hidden zero, because rows are added to it.
+    """Where kernels leave gradients that may be scaled yet: hidden zero, for rows are added to it.
 
     That of a bfloat16 head is rounded by the kernel, once. float16 sums stay in float32: a scale
     that comes later, as of a loss scaler, would find small ones rounded to zero.

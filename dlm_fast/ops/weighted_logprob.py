@@ -27,7 +27,12 @@ from dlm_fast.ops._head_inputs import (
     output_dtype,
     unit_stride,
 )
-from dlm_fast.ops.token_logprob import cuda_call, empty_gradients, token_logprob_ref
+from dlm_fast.ops.token_logprob import (
+    cuda_call,
+    empty_gradients,
+    empty_hidden_gradient,
+    token_logprob_ref,
+)
 
 
 class WeightedLogprob(NamedTuple):
@@ -291,8 +296,8 @@ def _weighted_logprob_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight = unit_stride(hidden), unit_stride(weight)
     objective, logprob_N = _empty_values(hidden, targets)
-    hidden_grad = torch.zeros_like(hidden, dtype=output_dtype(hidden.dtype))
     call = cuda_call(hidden, weight, targets, rows, bias, temperature, forbid_ids)
+    hidden_grad = empty_hidden_gradient(hidden, call)
     if call is not None:
         results = Gradients(hidden_grad, weight_grad, bias_grad, accumulate=True, alpha=alpha)
         _step(call, row_weight, objective, logprob_N, results)

@@ -22,9 +22,11 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def pair(n, d_out, d_in, grad_dtype=torch.float32, input_dtype=None, seed=0):
+    """On torch's default device."""
     generator = torch.Generator().manual_seed(seed)
-    grad = torch.randn(n, d_out, generator=generator).to(grad_dtype)
-    return grad, torch.randn(n, d_in, generator=generator).to(input_dtype or grad_dtype)
+    grad = torch.randn(n, d_out, generator=generator, device="cpu").to(grad_dtype)
+    x = torch.randn(n, d_in, generator=generator, device="cpu").to(input_dtype or grad_dtype)
+    return grad.to(torch.get_default_device()), x.to(torch.get_default_device())
 
 
 def assert_close(ours, truth):
@@ -61,6 +63,29 @@ def test_random_shapes(lengths, d_out, d_in, dtypes, method, seed):
     )
 
 
+@pytest.mark.every_backend
+@pytest.mark.parametrize("method", ["gram", "direct"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32,) * 2,
+        (torch.bfloat16,) * 2,
+        (torch.float64,) * 2,
+        (torch.float16, torch.float32),
+    ],
+)
+def test_many_tiles(method, dtypes, monkeypatch):
+    """Ragged last tiles; a sample of one row, one of none."""
+    monkeypatch.setattr("dlm_fast.ops._cuda_norms.TILE_ROWS", 32)
+    monkeypatch.setattr("dlm_fast.ops._cuda_norms.TILE_BYTES", 1 << 12)
+    grad, x = pair(150, 45, 70, *dtypes)
+    starts = [1, 70, 71, 71, 149]
+    ours = sample_grad_norm(grad, x, starts, method=method)
+    assert_close(ours, sample_grad_norm_ref(grad, x, starts))
+    assert ours[2] == 0 and torch.equal(ours, sample_grad_norm(grad, x, starts, method=method))
+
+
+@pytest.mark.every_backend
 def test_explicit_gradients_of_a_linear_layer():
     torch.manual_seed(0)
     layer = nn.Linear(40, 60)
@@ -96,6 +121,7 @@ def test_threads_give_the_same_bits(method):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.every_backend
 def test_strides_and_no_rows():
     grad, x = pair(50, 30, 20)
     truth = sample_grad_norm_ref(grad, x, [0, 50])
@@ -107,6 +133,7 @@ def test_strides_and_no_rows():
     assert sample_grad_norm(grad[:, :0], x, [0, 50]).tolist() == [0]
 
 
+@pytest.mark.every_backend
 def test_nan_stays_in_its_sample():
     grad, x = pair(50, 30, 20)
     grad[30, 3] = math.nan
@@ -142,9 +169,11 @@ def test_opcheck():
 
 
 def head_weights(n):
-    return torch.randn(n, generator=torch.Generator().manual_seed(3))
+    numbers = torch.randn(n, generator=torch.Generator().manual_seed(3), device="cpu")
+    return numbers.to(torch.get_default_device())
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", [(60, 40, 150), (70, 16, 5000)], ids=str)
 def test_head(shape, dtype):
@@ -162,6 +191,7 @@ def test_head(shape, dtype):
     assert torch.allclose(ours, truth, rtol=1e-3) and ours[1] == 0
 
 
+@pytest.mark.every_backend
 def test_inactive_rows_of_a_head_may_hold_anything():
     p = problem(40, 50, 100)
     row_weight = head_weights(40)
@@ -172,6 +202,7 @@ def test_inactive_rows_of_a_head_may_hold_anything():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.every_backend
 def test_head_norm_needs_no_rows():
     p = problem(0, 5, 7)
     assert head_sample_grad_norm(*p.head, torch.zeros(0), [0, 0], rows=p.rows).tolist() == [0]

@@ -39,9 +39,6 @@ DLM_DEVICE unsigned block_y() {
 DLM_DEVICE unsigned grid_x() {
   return gridDim.x;
 }
-DLM_DEVICE unsigned grid_y() {
-  return gridDim.y;
-}
 
 // --- synchronisation and shared memory
 DLM_DEVICE void sync_block() {
@@ -159,11 +156,6 @@ DLM_DEVICE void mma_16x8x16_f16(float (&d)[4], const unsigned (&a)[4], const uns
 }
 
 // --- arithmetic
-DLM_DEVICE float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 DLM_DEVICE float multiply_add(float a, float b, float c) {
   return __fmaf_rn(a, b, c);
 }

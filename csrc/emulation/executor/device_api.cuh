@@ -34,9 +34,6 @@ inline unsigned block_y() {
 inline unsigned grid_x() {
   return emulation::here().grid_x;
 }
-inline unsigned grid_y() {
-  return emulation::here().grid_y;
-}
 
 inline void sync_block() {
   emulation::sync_block();
@@ -112,9 +109,6 @@ void copy_wait() {
   emulation::copy_wait(pending);
 }
 
-inline float exp2_of(float x) {
-  return std::exp2(x);
-}
 inline float multiply_add(float a, float b, float c) {
   return std::fma(a, b, c);
 }
