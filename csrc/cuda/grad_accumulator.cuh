@@ -53,8 +53,8 @@ DLM_DEVICE void load_group(const T* at, int count, Real (&numbers)[kGroup]) {
 template <typename Real, typename T>
 DLM_DEVICE void store_group(T* at, int count, const Real (&numbers)[kGroup]) {
   DLM_UNROLL
-  for (int i = 0; i < kGroup; ++i)
-    if (i < count) store_number(at + i, numbers[i]);
+  for (int offset = 0; offset < kGroup; ++offset)
+    if (offset < count) store_number(at + offset, numbers[offset]);
 }
 
 // Up with the probability of the fraction that is cut off; a number that is rounded already.
