@@ -3,6 +3,7 @@
 from .base import Example, Score, Task
 from .countdown import CountdownConfig
 from .custom import CustomConfig
+from .math_task import MathConfig
 from .registry import TaskConfig, config_type, get, make
 from .score_stream import ScoreStream
 from .scoring import CheckerError, ScoringReport, refuse_broken_checker, score_batch
@@ -23,5 +24,6 @@ __all__ = [
     "TaskConfig",
     "SudokuConfig",
     "CountdownConfig",
+    "MathConfig",
     "CustomConfig",
 ]

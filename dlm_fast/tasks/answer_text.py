@@ -6,6 +6,9 @@ pattern that could backtrack.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 OPENING_TAG = "<answer>"
 CLOSING_TAG = "</answer>"
 BOX = "\\boxed{"
@@ -13,6 +16,9 @@ BOX = "\\boxed{"
 # What the families' tokenizers end a turn with. Decoded completions carry none of them;
 # completions stored by other programs often do.
 END_OF_TURN = ("<|eot_id|>", "<|endoftext|>", "<|im_end|>")
+
+# An inequality x<y is no tag.
+TAG_STARTS = ("</", "<answer", "<reasoning", "<|")
 
 MAX_TAGS = 8
 MAX_BOX = 4096
@@ -24,7 +30,7 @@ def before_end_of_turn(text: str) -> str:
     >>> before_end_of_turn("4<|eot_id|><|endoftext|>")
     '4'
     """
-    return text[: min((at for mark in END_OF_TURN if (at := text.find(mark)) >= 0), default=None)]
+    return text[: _first(text, *END_OF_TURN)]
 
 
 def tagged_answer(text: str) -> str | None:
@@ -60,11 +66,69 @@ def last_box(text: str) -> str | None:
     start = text.rfind(BOX)
     if start < 0:
         return None
-    content = text[start + len(BOX) : start + len(BOX) + MAX_BOX]
+    start += len(BOX)
+    end = closing_brace(text, start)
+    if end is not None:
+        return text[start:end].strip()
+    content = text[start : start + MAX_BOX]
+    return content[: _first(content, "\n", "<", ">")].strip()
+
+
+@dataclass(frozen=True)
+class Box:
+    r"""What stands in a \boxed{...}."""
+
+    content: str
+    """without white space around it"""
+    cut: bool
+    """whether the text ends inside the box, so that its content may be a part of what was meant"""
+
+
+def boxes(text: str) -> Iterator[Box]:
+    r"""The last boxes of a text, the very last one first, at most `MAX_TAGS`; empty ones left out.
+
+    Reads what models write: a lost backslash, \fbox, white space before the brace, a brace closed
+    behind the end of the answer or not at all. A box is never longer than its line where its brace
+    is not closed on it, nor does it hold a tag.
+
+    >>> [box.content for box in boxes(r"\boxed{1} or boxed{\frac{1}{2}} or \fbox{3</answer>")]
+    ['3', '\\frac{1}{2}', '1']
+    """
+    end = len(text)
+    for _ in range(MAX_TAGS):
+        start = max(text.rfind("boxed", 0, end), text.rfind("\\fbox", 0, end))
+        if start < 0:
+            return
+        end = start
+        opening = text[start : start + 40].partition("{")[0]
+        if opening.strip() not in ("boxed", "\\fbox") or len(opening) == 40:
+            continue
+        content, cut = _box(text, start + len(opening) + 1)
+        if content.strip(" ._?\\"):
+            yield Box(content, cut)
+
+
+def _box(text: str, start: int) -> tuple[str, bool]:
+    close = closing_brace(text, start)
+    content = text[start : start + MAX_BOX if close is None else close]
+    tag = _first(content, *TAG_STARTS)
+    if tag is None and close is not None:
+        return content.strip(), False
+    line = content.lstrip()
+    line = line[: _first(line, "\n", *TAG_STARTS)]
+    cut = tag is None and "\n" not in content and len(content) == len(text) - start
+    return line.strip(), cut
+
+
+def closing_brace(text: str, start: int) -> int | None:
+    """Where the brace is closed that was opened before `start`; None if not in `MAX_BOX` signs."""
     depth = 1
-    for at, character in enumerate(content):
+    for at, character in enumerate(text[start : start + MAX_BOX], start):
         depth += (character == "{") - (character == "}")
         if depth == 0:
-            return content[:at].strip()
-    ends = [at for mark in "\n<>" if (at := content.find(mark)) >= 0]
-    return content[: min(ends, default=None)].strip()
+            return at
+    return None
+
+
+def _first(text: str, *marks: str) -> int | None:
+    return min((at for mark in marks if (at := text.find(mark)) >= 0), default=None)

@@ -7,17 +7,20 @@ from typing import Any
 from .base import Task
 from .countdown import Countdown, CountdownConfig
 from .custom import CustomConfig, is_custom, make_custom
+from .math_task import MathConfig, gsm8k_task, math_task
 from .options import build, hint
 from .sudoku import Sudoku, SudokuConfig
 
-TaskConfig = SudokuConfig | CountdownConfig | CustomConfig
+TaskConfig = SudokuConfig | CountdownConfig | MathConfig | CustomConfig
 
 TASKS: dict[str, tuple[type[TaskConfig], Any]] = {
     "sudoku": (SudokuConfig, Sudoku),
     "countdown": (CountdownConfig, Countdown),
+    "gsm8k": (MathConfig, gsm8k_task),
+    "math": (MathConfig, math_task),
 }
 
-NOT_IN_THIS_VERSION = ("gsm8k", "math", "code")
+NOT_IN_THIS_VERSION = ("code",)
 
 
 def get(name: str, **options: Any) -> Task:
