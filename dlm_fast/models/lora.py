@@ -65,6 +65,7 @@ def add_adapters(policy: Policy, options: LoraOptions) -> None:
             modules=tuple(found.weights),
         )
         weights = found.weights
+        _check_shapes(options.adapter, policy, weights)
     else:
         modules = tuple(name for name in linear if name.rpartition(".")[2] in options.targets)
         _check_targets(options.targets, linear)
@@ -97,6 +98,18 @@ def _check_targets(targets: Sequence[str], linear: Sequence[str]) -> None:
         raise ValueError(
             f"lora.targets names {unknown[0]!r}; linear layers of this model are {', '.join(known)}"
         )
+
+
+def _check_shapes(
+    adapter: str, policy: Policy, weights: Mapping[str, tuple[Tensor, Tensor]]
+) -> None:
+    for name, (a_rI, b_Or) in weights.items():
+        outputs, inputs = policy.get_parameter(f"{name}.weight").shape
+        if (b_Or.shape[0], a_rI.shape[1]) != (outputs, inputs):
+            raise ValueError(
+                f"{adapter}: the adapter of {name} is A {list(a_rI.shape)}, B {list(b_Or.shape)}, "
+                f"but the layer has {inputs} inputs and {outputs} outputs: it is of another model"
+            )
 
 
 def _new_weights(policy: Policy, adapters: Adapters, seed: int) -> dict[str, tuple[Tensor, Tensor]]:

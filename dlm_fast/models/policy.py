@@ -253,6 +253,7 @@ class Policy(nn.Module):
                     f"input_ids holds {low if low < 0 else high}, outside the vocabulary of {rows}"
                 )
         ids_BS = input_ids if input_ids.dim() == 2 else input_ids[None]
+        self._check_positions(visibility)
         visibility = visibility.to(ids_BS.device)
         hidden_BSD = self.backbone(
             input_ids=ids_BS,
@@ -261,6 +262,16 @@ class Policy(nn.Module):
             use_cache=False,
         ).last_hidden_state
         return hidden_BSD.flatten(0, 1)
+
+    def _check_positions(self, visibility: Visibility) -> None:
+        position_ids, limit = visibility.position_ids, self.family.max_length
+        if limit is None or position_ids.device.type != "cpu" or not position_ids.numel():
+            return  # reading values elsewhere would wait for the device
+        if (last := int(position_ids.max())) >= limit:
+            raise ValueError(
+                f"a sequence reaches position {last}, but the model was made for sequences of "
+                f"{limit} tokens; shorten it, or load the model with max_length={last + 1}"
+            )
 
     def _visibility(self, input_ids: Tensor, visibility: Visibility | None) -> Visibility:
         if input_ids.dim() not in (1, 2) or input_ids.is_floating_point():

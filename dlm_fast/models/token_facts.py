@@ -37,7 +37,7 @@ def family_facts(
     mask_id = overrides.mask_id
     if mask_id is None and blueprint.needs_mask:
         mask_id = _mask_id(config, tokenizer)
-    eos_ids = _eos_ids(config, generation_config, tokenizer, overrides)
+    eos_ids = _eos_ids(config, generation_config, blueprint, tokenizer, overrides)
     pad_id = config.get("pad_token_id")
     if pad_id is None and tokenizer is not None:
         pad_id = tokenizer.pad_token_id
@@ -87,6 +87,7 @@ def _mask_id(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) 
 def _eos_ids(
     config: dict[str, Any],
     generation_config: dict[str, Any],
+    blueprint: Blueprint,
     tokenizer: PreTrainedTokenizerBase | None,
     overrides: Overrides,
 ) -> list[Any]:
@@ -95,7 +96,10 @@ def _eos_ids(
         return list(dict.fromkeys(overrides.eos_ids))
     found = [config.get("eos_token_id"), generation_config.get("eos_token_id")]
     if tokenizer is not None:
-        found += [tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
+        turn = end_of_turn_id(tokenizer)
+        # found, not declared: a model without that token does not end turns by it
+        known_turn = turn if turn is not None and turn < blueprint.head_rows else None
+        found += [tokenizer.eos_token_id, known_turn]
     every = [i for ids in found for i in (ids if isinstance(ids, list) else [ids])]
     return list(dict.fromkeys(i for i in every if i is not None))
 

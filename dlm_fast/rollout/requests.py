@@ -77,7 +77,8 @@ def _check_prompt(policy: Any, index: int, prompt: Tensor | str, config: Sampler
     if limit is not None and ids_P.numel() + config.max_new_tokens > limit:
         raise ValueError(
             f"prompt {index} of {ids_P.numel()} tokens plus {config.max_new_tokens} new ones "
-            f"exceeds the model's {limit}; shorten the prompt or rollout.max_new_tokens"
+            f"exceeds the model's {limit}; shorten the prompt or rollout.max_new_tokens (or load "
+            "the model with a larger max_length)"
         )
     return ids_P
 

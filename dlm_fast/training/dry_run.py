@@ -69,7 +69,7 @@ def dry_run(trainer: Trainer) -> DryRun:
     lengths = _prompt_lengths(trainer)
     longest = sorted(lengths, key=lambda i: -lengths[i])
     window = trainer.rollout.max_new_tokens
-    limit = getattr(getattr(trainer.policy, "config", None), "max_position_embeddings", None)
+    limit = trainer.policy.family.max_length
     needed = lengths[longest[0]] + window
     if limit is not None and needed > limit:
         raise ValueError(
