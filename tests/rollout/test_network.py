@@ -139,8 +139,9 @@ def test_a_causal_policy_is_refused():
         sample(policy, ["1 + 2 ="], SamplerConfig(max_new_tokens=4, block_size=4, steps=4))
 
 
-def test_a_checkpoint_decodes_like_the_slow_definition(shared_data):
-    policy = dlm_fast.load(shared_data / "checkpoints" / "llada_tiny")
+@pytest.mark.parametrize("name", ["llada", "dream", "sdar"])
+def test_a_checkpoint_decodes_like_the_slow_definition(shared_data, name):
+    policy = dlm_fast.load(shared_data / "checkpoints" / f"{name}_tiny")
     generator = torch.Generator().manual_seed(5)
     prompt = torch.randint(0, policy.family.mask_id, (7,), generator=generator)
     config = SamplerConfig(
