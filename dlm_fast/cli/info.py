@@ -119,7 +119,18 @@ def _in_force(extension: ModuleType | None, cuda: Any) -> tuple[dict[str, str], 
         "kernels on the CPU": on_cpu,
         "kernels on CUDA": on_cuda,
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
+        "isolation of code": _isolation(),
     }, warnings
+
+
+def _isolation() -> str:
+    from dlm_fast.tasks.sandbox.isolation import MEANING, SandboxError
+    from dlm_fast.tasks.sandbox.verdicts import working_mode
+
+    try:
+        return MEANING[working_mode()]
+    except SandboxError as error:
+        return f"none: {error}"
 
 
 def _on_cuda() -> str:

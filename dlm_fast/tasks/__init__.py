@@ -1,6 +1,7 @@
 """The tasks layer: data, prompts, rewards. Knows no tensors; imports the standard library only."""
 
 from .base import Example, Score, Task
+from .code import CodeConfig
 from .countdown import CountdownConfig
 from .custom import CustomConfig
 from .math_task import MathConfig
@@ -25,5 +26,6 @@ __all__ = [
     "SudokuConfig",
     "CountdownConfig",
     "MathConfig",
+    "CodeConfig",
     "CustomConfig",
 ]

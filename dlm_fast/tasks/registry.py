@@ -5,22 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Task
+from .code import Code, CodeConfig
 from .countdown import Countdown, CountdownConfig
 from .custom import CustomConfig, is_custom, make_custom
 from .math_task import MathConfig, gsm8k_task, math_task
 from .options import build, hint
 from .sudoku import Sudoku, SudokuConfig
 
-TaskConfig = SudokuConfig | CountdownConfig | MathConfig | CustomConfig
+TaskConfig = SudokuConfig | CountdownConfig | MathConfig | CodeConfig | CustomConfig
 
 TASKS: dict[str, tuple[type[TaskConfig], Any]] = {
     "sudoku": (SudokuConfig, Sudoku),
     "countdown": (CountdownConfig, Countdown),
     "gsm8k": (MathConfig, gsm8k_task),
     "math": (MathConfig, math_task),
+    "code": (CodeConfig, Code),
 }
-
-NOT_IN_THIS_VERSION = ("code",)
 
 
 def get(name: str, **options: Any) -> Task:
@@ -48,11 +48,6 @@ def config_type(name: str) -> type[TaskConfig]:
         return CustomConfig
     if name in TASKS:
         return TASKS[name][0]
-    if name in NOT_IN_THIS_VERSION:
-        raise ValueError(
-            f"task {name} is not in this version; there are {', '.join(TASKS)} and your own reward "
-            "function as path.py:function"
-        )
     raise ValueError(
         f"unknown task {name!r}; {hint(name, TASKS)} A reward function of your own is named "
         "path.py:function"

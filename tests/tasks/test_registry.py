@@ -83,12 +83,6 @@ def test_unknown_tasks_get_a_suggestion():
         tasks.get("chess")
 
 
-@pytest.mark.parametrize("name", ["code"])
-def test_planned_tasks_say_so(name):
-    with pytest.raises(ValueError, match=f"{name} is not in this version.*sudoku, countdown"):
-        tasks.get(name)
-
-
 def test_a_config_of_another_task_is_refused():
     with pytest.raises(TypeError, match="takes a SudokuConfig, got CountdownConfig"):
         tasks.make("sudoku", tasks.CountdownConfig())

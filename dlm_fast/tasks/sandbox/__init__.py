@@ -1,0 +1,1 @@
+"""The sandbox: hostile programs run in child processes, verdicts are made outside of them."""
