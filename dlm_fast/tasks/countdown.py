@@ -133,9 +133,13 @@ class Countdown:
         """Problems of a file with columns numbers and target, or generated ones."""
         check_split(split)
         if path is not None:
-            return [_example(row, self.config.columns) for row in read_table(path)]
+            return [self.example(row) for row in read_table(path)]
         length = self.config.num_train if split == "train" else self.config.num_test
         return GeneratedExamples(lambda index: self._generate(split, index), length)
+
+    def example(self, row: Row) -> Example:
+        """The problem of a row; a column answer may hold both, as [[30, 100, 93], 23]."""
+        return _example(row, self.config.columns)
 
     def prompt(self, example: Example) -> str:
         """Numbers and target in the template's words, behind the few-shot examples."""
@@ -186,7 +190,7 @@ class Countdown:
     @cached_property
     def _shots(self) -> str:
         rows = shot_rows(self.config.shots, "countdown.shots")
-        examples = [_example(row, self.config.columns) for row in rows]
+        examples = [self.example(row) for row in rows]
         return shots_text((self._ask(e), self.demonstration(e)) for e in examples)
 
     def _ask(self, example: Example) -> str:
@@ -253,6 +257,9 @@ def _read(candidate: str | None) -> Any:
 
 
 def _example(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
+    both = row.values.get("answer")
+    if isinstance(both, list) and len(both) == 2 and isinstance(both[0], list):
+        row = Row({"numbers": both[0], "target": both[1]} | row.values, row.where)
     fields = pick_fields(row, COLUMNS, columns, "countdown")
     numbers = fields["numbers"]
     if isinstance(numbers, str):

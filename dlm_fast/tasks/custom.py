@@ -23,7 +23,7 @@ from typing import Any
 
 from .base import Example, Score, check_split, field_of
 from .options import hint
-from .table import pick_fields, read_table, shorten
+from .table import Row, pick_fields, read_table, shorten
 
 COLUMNS = {"prompt": ("prompt", "question", "problem")}
 COMPLETION_COLUMNS = ("completion", "demonstration")
@@ -66,10 +66,11 @@ class Custom:
                 f"task {self.name} generates no data: give a JSONL, CSV or parquet file whose rows "
                 "have a prompt"
             )
-        rows = read_table(path)
-        return [
-            row.values | pick_fields(row, COLUMNS, self.config.columns, "custom") for row in rows
-        ]
+        return [self.example(row) for row in read_table(path)]
+
+    def example(self, row: Row) -> Example:
+        """A row with its prompt."""
+        return row.values | pick_fields(row, COLUMNS, self.config.columns, "custom")
 
     def prompt(self, example: Example) -> str:
         """The row's prompt; the contents of its messages where it is a list of them."""

@@ -154,7 +154,7 @@ class Sudoku:
         """Puzzles of a file with columns puzzle and solution, or generated ones."""
         check_split(split)
         if path is not None:
-            return [_example(row, self.config.columns) for row in read_table(path)]
+            return [self.example(row) for row in read_table(path)]
         grids = split_grids(self.config.test_grids, self.config.seed)[split]
         length = self.config.num_train if split == "train" else self.config.num_test
 
@@ -167,6 +167,10 @@ class Sudoku:
             return {"puzzle": puzzle, "solution": solution}
 
         return GeneratedExamples(make, length)
+
+    def example(self, row: Row) -> Example:
+        """The puzzle of a row; one that stands in words in a column question is found there."""
+        return _example(row, self.config.columns)
 
     def prompt(self, example: Example) -> str:
         """The puzzle in the template's words, behind the few-shot examples."""
@@ -218,7 +222,7 @@ class Sudoku:
     @cached_property
     def _shots(self) -> str:
         rows = shot_rows(self.config.shots, "sudoku.shots")
-        examples = [_example(row, self.config.columns) for row in rows]
+        examples = [self.example(row) for row in rows]
         return shots_text((self._ask(e), self._answer(e, e["solution"])) for e in examples)
 
     def _ask(self, example: Example) -> str:
@@ -299,6 +303,9 @@ def _fields(example: Example) -> tuple[str, str]:
 
 
 def _example(row: Row, columns: Mapping[str, str]) -> dict[str, str]:
+    question = row.values.get("question")
+    if isinstance(question, str) and len(found := _LONE_GRID.findall(question)) == 1:
+        row = Row({"puzzle": found[0]} | row.values, row.where)
     fields = pick_fields(row, COLUMNS, columns, "sudoku")
     puzzle = _cells(fields["puzzle"], "puzzle", "digits 0-4, 0 for an empty cell", "01234", row)
     solution = _cells(fields["solution"], "solution", "digits 1-4", "1234", row)

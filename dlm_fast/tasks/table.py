@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+GZIP = ".gz"
+ID_COLUMNS = ("id", "unique_id", "task_id", "question_id")
+"""columns that name an example, as published data sets call them"""
 
 
 @dataclass(frozen=True)
@@ -21,13 +27,16 @@ class Row:
     """file and line, for error messages"""
 
 
-def read_table(path: str | Path) -> list[Row]:
+def read_table(path: str | Path, *, repeated_ids: bool = False) -> list[Row]:
     """All rows of a file; the suffix says the format. Blank lines and a byte-order mark are legal.
 
-    Errors are ValueError (FileNotFoundError for a missing file) and say where and what to do.
+    An id that stands twice (columns `ID_COLUMNS`) is an error unless `repeated_ids`: the same
+    example would count twice, or two would be taken for one. Errors are ValueError
+    (FileNotFoundError for a missing file) and say where and what to do.
     """
     path = Path(path)
-    reader = READERS.get(path.suffix.lower())
+    name = path.name.lower()
+    reader = next((READERS[end] for end in READERS if name.endswith(end)), None)
     if reader is None:
         raise ValueError(f"cannot read {path}: its suffix must be one of {', '.join(READERS)}")
     if path.is_dir():
@@ -37,7 +46,25 @@ def read_table(path: str | Path) -> list[Row]:
     rows = list(reader(path))
     if not rows:
         raise ValueError(f"data file {path} has no rows")
+    if not repeated_ids:
+        _check_ids(rows)
     return rows
+
+
+def _check_ids(rows: Sequence[Row]) -> None:
+    """Raise if an id stands twice; a column that not every row fills is no id."""
+    for column in ID_COLUMNS:
+        values = [row.values.get(column) for row in rows]
+        if any(value is None or value == "" for value in values):
+            continue
+        seen: dict[str, Row] = {}
+        for row, value in zip(rows, values, strict=True):
+            other = seen.setdefault(repr(value), row)
+            if other is not row:
+                raise ValueError(
+                    f"{row.where}: {column} {shorten(value)} stands already at {other.where}; "
+                    f"remove one of the rows, or rename the column if it is no id"
+                )
 
 
 def pick_fields(
@@ -85,6 +112,11 @@ def _no_column(row: Row, name: str, names: Sequence[str], owner: str) -> str:
 
 def _text(path: Path) -> str:
     data = path.read_bytes()
+    if path.suffix.lower() == GZIP:
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: not a whole gzip file ({error}); pack it anew") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -170,6 +202,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +58,15 @@ class Collector:
         policy_version: int,
         max_batch: int,
         threads: int = 0,
+        encode: Callable[[dict[str, Any]], Tensor] | None = None,
     ) -> None:
+        """``encode``: prompt of an example as ids; by default the task's, in full."""
         self._policy, self._task, self._plan = policy, task, plan
         self._rollout = rollout
         self._iteration, self._seed = iteration, seed
         self._policy_version = policy_version
         self._max_batch, self._threads = max_batch, threads
+        self._encode = encode or (lambda example: policy.encode(task.prompt(example)))
         self._index: dict[int, int] = {}  # id of a group -> index of its prompt
         self._members: dict[int, int] = {}  # index of a prompt -> rollouts so far
         self.resampled = 0
@@ -76,10 +79,9 @@ class Collector:
         """The groups of this rank's prompts."""
         groups = []
         for prompt in prompts:
-            text = self._task.prompt(prompt.example)
             group = Group(
                 task_id=prompt.task_id,
-                prompt_ids=self._policy.encode(text),
+                prompt_ids=self._encode(prompt.example),
                 trajectories=[],
                 example=prompt.example,
             )

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from dlm_fast.ops.philox import Stream, mix64
+from dlm_fast.training.prompts import PromptEncoder
+
+Examples = str | Sequence[dict[str, Any]] | None
+"""a file for the task to read, ready examples, or None for the task's own"""
+
+
+def load_examples(
+    task: Any, source: Examples, split: Literal["train", "test"], prompts: PromptEncoder
+) -> Sequence[dict[str, Any]]:
+    """Examples whose prompts fit, or are cut to fit when they are encoded."""
+    if source is None:
+        return task.load(None, split)  # generated: prompts of one kind, and many of them
+    option = "data" if split == "train" else "eval_data"
+    if isinstance(source, str):
+        examples, file = task.load(source, split), source
+    else:
+        examples, file = source, None
+    kept = prompts.keep(examples, file, option)
+    return examples if len(kept) == len(examples) else [examples[i] for i in kept]
 
 
 class ExampleStream:

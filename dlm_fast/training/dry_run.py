@@ -104,8 +104,7 @@ def dry_run(trainer: Trainer) -> DryRun:
 
 def _prompt_lengths(trainer: Trainer) -> dict[int, int]:
     count = min(len(trainer.examples), _EXAMPLES_READ)
-    encode, prompt = trainer.policy.encode, trainer.task.prompt
-    return {i: int(encode(prompt(trainer.examples[i])).numel()) for i in range(count)}
+    return {i: int(trainer.prompts.encode(trainer.examples[i]).numel()) for i in range(count)}
 
 
 def _largest_groups(trainer: Trainer, longest: list[int]) -> list[Group]:
@@ -120,7 +119,7 @@ def _largest_groups(trainer: Trainer, longest: list[int]) -> list[Group]:
     with trainer.whole_weights():
         for index in longest[:prompts]:
             example = trainer.examples[index]
-            prompt_ids = trainer.policy.encode(trainer.task.prompt(example))
+            prompt_ids = trainer.prompts.encode(example)
             trajectories = roll(
                 trainer.policy,
                 [prompt_ids] * plan.group_size,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from dlm_fast.ops.philox import mix64
 from dlm_fast.rollout.sampler_config import SamplerConfig
@@ -36,14 +38,15 @@ def evaluate(
     seed: int = 0,
     max_batch: int | None = None,
     threads: int = 0,
+    encode: Callable[[dict[str, Any]], Tensor] | None = None,
     runtime: Runtime | None = None,
 ) -> Evaluation:
     """One completion per example, scored.
 
     The draws depend on the seed and the position of the example alone, so evaluations of one run
-    differ by the weights, not by luck. ``threads`` score beside the decoding. With a ``runtime``
-    each rank takes its share and the metrics are global; weights must be whole
-    (``Runtime.unsharded``).
+    differ by the weights, not by luck. ``threads`` score beside the decoding; ``encode`` makes
+    the ids of an example's prompt. With a ``runtime`` each rank takes its share and the metrics are
+    global; weights must be whole (``Runtime.unsharded``).
     """
     if not examples:
         raise ValueError("no examples to evaluate on: the file or the task gave an empty list")
@@ -51,12 +54,13 @@ def evaluate(
     mine = range(rank, len(examples), world)
     # a rank without an example of its own still takes part in the reduction below
     own = [examples[i] for i in mine]
+    encode = encode or (lambda example: policy.encode(task.prompt(example)))
     trajectories, scores = [], []
     if own:
         found = sample_scored(
             policy,
             task,
-            [policy.encode(task.prompt(example)) for example in own],
+            [encode(example) for example in own],
             own,
             sampler,
             seed=seed,

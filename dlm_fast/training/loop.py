@@ -22,19 +22,18 @@ from dlm_fast.training.collect import (
     add_scoring_metrics,
     finish_rollout_metrics,
 )
-from dlm_fast.training.data import ExampleStream, choose_examples
+from dlm_fast.training.data import Examples, ExampleStream, choose_examples, load_examples
 from dlm_fast.training.distributed import Runtime
 from dlm_fast.training.evaluate import evaluate, evaluation_sampler
 from dlm_fast.training.metrics import MetricSums, Row, add_memory
 from dlm_fast.training.optimizer import Stepper, TooManyBadSteps, make_trainees
 from dlm_fast.training.persistence import Persistence
 from dlm_fast.training.progress import ProgressView
+from dlm_fast.training.prompts import PromptEncoder
 from dlm_fast.training.run_config import RunConfig, TrainConfig
 from dlm_fast.training.signals import StopSignals
 
 logger = logging.getLogger(__name__)
-
-Examples = str | Sequence[dict[str, Any]] | None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -93,10 +92,17 @@ class Trainer:
                 f"train.prompts_per_step={train_config.prompts_per_step} leaves some of the "
                 f"{runtime.world} processes without a prompt; raise it"
             )
-        self.examples = _load(task, data, "train")
+        self.prompts = PromptEncoder(
+            policy,
+            task,
+            max_new_tokens=self.rollout.max_new_tokens,
+            max_tokens=train_config.max_prompt_tokens,
+            when_longer=train_config.long_prompts,
+        )
+        self.examples = load_examples(task, data, "train", self.prompts)
         self.eval_examples: Sequence[dict[str, Any]] = ()
         if train_config.eval_every:
-            held_out = _load(task, eval_data, "test")
+            held_out = load_examples(task, eval_data, "test", self.prompts)
             self.eval_examples = choose_examples(held_out, train_config.eval_examples)
         self._stream = ExampleStream(len(self.examples), seed)
         self.algorithm: Algorithm = algorithm_config.build(
@@ -236,6 +242,7 @@ class Trainer:
             policy_version=self.policy_version,
             max_batch=self.config.rollout_batch,
             threads=self.config.score_threads,
+            encode=self.prompts.encode,
         )
         context = self.make_context()
         # every rank-th prompt: equal slices of the ranks' lists make up slices of the whole list
@@ -299,6 +306,7 @@ class Trainer:
                 seed=self.seed,
                 max_batch=self.config.rollout_batch,
                 threads=self.config.score_threads,
+                encode=self.prompts.encode,
                 runtime=self.runtime,
             )
         shown = found.trajectories[: self.config.log_samples]
@@ -356,10 +364,6 @@ class Trainer:
         self._disk.failures = state["failed_checkpoints"]
         self._best = state["best"]
         self.algorithm.load_state(state["algorithm"])
-
-
-def _load(task: Any, source: Examples, split: str) -> Sequence[dict[str, Any]]:
-    return task.load(source, split) if source is None or isinstance(source, str) else source
 
 
 def _describe(

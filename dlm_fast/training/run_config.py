@@ -23,6 +23,11 @@ class TrainConfig:
     """rollouts per forward and backward pass; changes memory and time, not the result"""
     rollout_batch: int = 128
     """rollouts decoded together; changes memory and time, not the result"""
+    max_prompt_tokens: int = 0
+    """longest prompt; 0: what the model's limit leaves beside rollout.max_new_tokens"""
+    long_prompts: Literal["error", "drop", "truncate"] = "error"
+    """longer prompts: refuse the data before the run starts, leave such examples out, or cut the
+    beginning of the prompt; what is left out or cut is counted and said"""
     score_threads: int = 4
     """threads that score completions while others are still being decoded, for tasks that allow it;
     0: score when all are decoded. The same rewards"""
@@ -86,6 +91,7 @@ class TrainConfig:
         ):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in (
+            "max_prompt_tokens",
             "score_threads",
             "eval_every",
             "eval_examples",
@@ -115,6 +121,7 @@ class TrainConfig:
             ("precision", ("fp32", "bf16")),
             ("head_gradient", ("in_place", "autograd")),
             ("device", ("auto", "cpu", "cuda")),
+            ("long_prompts", ("error", "drop", "truncate")),
         ):
             _require(name, getattr(self, name), getattr(self, name) in values, f"one of {values}")
 

@@ -1,12 +1,10 @@
 """``dlm-fast evaluate``, ``sample`` and ``plot`` on a small run."""
 
 import json
-import math
 
 import pytest
 
 from dlm_fast import tasks
-from dlm_fast.cli.evaluate import mean_with_margin, wilson_interval
 from dlm_fast.cli.main import main
 
 
@@ -106,18 +104,3 @@ def test_plot_of_one_run_and_of_several(small_run, tmp_path, capsys):
         assert image.read_bytes().startswith(b"\x89PNG")
     assert main(["plot", str(small_run), "--out", str(tmp_path / "x.pdf")]) == 2
     assert "must end in .png" in capsys.readouterr().err
-
-
-def test_intervals():
-    """Wilson's interval against its defining equation; the mean's against the textbook formula."""
-    for successes, trials in ((0, 20), (3, 20), (20, 20), (250, 500)):
-        p = successes / trials
-        for bound in wilson_interval(successes, trials):
-            if 1e-9 < bound < 1 - 1e-9:
-                spread = 1.96 * math.sqrt(bound * (1 - bound) / trials)
-                assert abs(bound - p) == pytest.approx(spread, rel=1e-9)
-    assert wilson_interval(0, 0) == (0.0, 1.0)
-    mean, margin = mean_with_margin([1.0, 2.0, 4.0])
-    assert mean == pytest.approx(7 / 3)
-    assert margin == pytest.approx(1.96 * math.sqrt(7 / 3 / 3))
-    assert math.isnan(mean_with_margin([1.0])[1])
