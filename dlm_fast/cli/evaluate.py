@@ -18,7 +18,7 @@ from dlm_fast.rollout.sampler_config import SamplerConfig
 if TYPE_CHECKING:
     from dlm_fast.rollout.trajectory import Trajectory
 
-_UNIMPORTANT = (
+UNIMPORTANT = (
     "answers", "resume", "json", "batch_size", "score_threads", "max_checker_failures", "device",
 )  # fmt: skip
 """options that change no answer, so that a resumed evaluation may have others"""
@@ -205,13 +205,8 @@ class _Work:
         if not examples:
             raise ValueError("no examples to evaluate on: the file or the task gave an empty list")
         policy = load(self.chosen.path, dtype=options.dtype, device=options.device)
-        prompts = PromptEncoder(
-            policy,
-            self.task,
-            max_new_tokens=options.rollout.max_new_tokens,
-            max_tokens=options.max_prompt_tokens,
-            when_longer=options.long_prompts,
-        )
+        limits = options.max_prompt_tokens, options.long_prompts
+        prompts = PromptEncoder(policy, self.task, options.rollout.max_new_tokens, *limits)
         kept = prompts.keep(examples, options.data, "--data")
         wanted = [(i, s) for i in kept for s in range(options.samples)]
         rows: list[dict[str, Any]] = []
@@ -220,8 +215,8 @@ class _Work:
         try:
             there = {(row["index"], row["sample"]) for row in rows}
             missing = [pair for pair in wanted if pair not in there]
-            if missing:
-                self._decode(policy, prompts, examples, missing, rows, len(wanted))
+            for part in self._parts(missing):
+                self._decode(policy, prompts, examples, part, rows, len(wanted))
             self._refuse_broken_checker(rows, len(wanted))
         except BaseException:
             if self.file is not None:
@@ -234,8 +229,16 @@ class _Work:
         self.prompt_counts = {"dropped": dropped, "truncated": prompts.truncated}
         return rows
 
+    def _parts(self, missing: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+        """What is decoded before its verdicts are written: all at once where verdicts come beside
+        the decoding, else a batch, so that a kill costs no more."""
+        size = self.options.batch_size
+        if self.options.score_threads and getattr(self.task, "thread_safe", False):
+            size = max(1, len(missing))
+        return [missing[start : start + size] for start in range(0, len(missing), size)]
+
     def _fingerprint(self) -> dict[str, Any]:
-        kept = {k: v for k, v in to_dict(self.options).items() if k not in _UNIMPORTANT}
+        kept = {k: v for k, v in to_dict(self.options).items() if k not in UNIMPORTANT}
         return {"model": self.chosen.path, **kept}
 
     def _decode(
@@ -288,7 +291,8 @@ class _Work:
             threads=self.options.score_threads,
             on_scored=keep,
         )
-        self.seconds, self.waited_s = time.monotonic() - started, found.waited_s
+        self.seconds += time.monotonic() - started
+        self.waited_s += found.waited_s
 
     def _refuse_broken_checker(self, rows: Sequence[dict[str, Any]], total: int) -> None:
         from dlm_fast.tasks import CheckerError, Score, refuse_broken_checker

@@ -92,13 +92,8 @@ class Trainer:
                 f"train.prompts_per_step={train_config.prompts_per_step} leaves some of the "
                 f"{runtime.world} processes without a prompt; raise it"
             )
-        self.prompts = PromptEncoder(
-            policy,
-            task,
-            max_new_tokens=self.rollout.max_new_tokens,
-            max_tokens=train_config.max_prompt_tokens,
-            when_longer=train_config.long_prompts,
-        )
+        limits = train_config.max_prompt_tokens, train_config.long_prompts
+        self.prompts = PromptEncoder(policy, task, self.rollout.max_new_tokens, *limits)
         self.examples = load_examples(task, data, "train", self.prompts)
         self.eval_examples: Sequence[dict[str, Any]] = ()
         if train_config.eval_every:

@@ -27,7 +27,6 @@ class PromptEncoder:
         self,
         policy: Any,
         task: Any,
-        *,
         max_new_tokens: int,
         max_tokens: int = 0,
         when_longer: LongPrompts = "error",

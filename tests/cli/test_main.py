@@ -118,7 +118,7 @@ def test_unknown_option_meets_a_suggestion(words, suggestion, capsys):
         (["train", "--config"], "--config needs a value"),
         (["train", "bgpo", "--model", "nowhere"], "nowhere is no directory"),
         (["evaluate"], "name the model first: dlm-fast evaluate MODEL"),
-        (["evaluate", "tiny", "--num-examples", "-1"], "--num-examples must be 0 or more"),
+        (["evaluate", "tiny", "--num-examples", "-1"], "--num-examples must be at least 0"),
         (["sample", "tiny"], "nothing to complete"),
         (["sample", "tiny", "--prompt-file", "no.txt"], "--prompt-file no.txt"),
         (["plot"], "name at least one run"),

@@ -1,5 +1,6 @@
 """Data files: formats, column names, and errors that name file and line."""
 
+import gzip
 import json
 import sys
 
@@ -145,7 +146,7 @@ def test_bad_countdown_rows_name_file_and_line(write, row):
         ("x.csv", "a,b\n1\n", r"x\.csv, line 2: 1 values"),
         ("x.csv", 'a,b\n"1,2\n3,4\n', r"x\.csv, line 2: not valid CSV"),
         ("x.parquet", "not parquet", r"x\.parquet: not a readable parquet file|needs pyarrow"),
-        ("x.txt", "a", "suffix must be one of .jsonl, .json, .csv, .parquet"),
+        ("x.txt", "a", "suffix must be one of .jsonl, .jsonl.gz, .json, .csv, .parquet"),
         ("x", "a", "suffix must be one of"),
     ],
 )
@@ -163,6 +164,39 @@ def test_a_quoted_line_break_keeps_the_count_of_lines(write):
 def test_unusual_separators_do_not_split_json_lines(write):
     path = write("x.jsonl", json.dumps({"a": "1\u20282\x85"}, ensure_ascii=False) + "\n")
     assert table.read_table(path)[0].values == {"a": "1\u20282\x85"}
+
+
+@pytest.mark.parametrize("column", ["id", "unique_id", "task_id", "question_id"])
+def test_duplicate_ids_name_both_lines(write, column):
+    rows = [GOOD | {column: name} for name in ("a", "b", "a")]
+    path = write("x.jsonl", "\n\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 5: \w*id 'a' stands already at .*line 1"):
+        load(path)
+    assert len(table.read_table(path, repeated_ids=True)) == 3
+    some = [GOOD | {column: "a"}, GOOD | {column: "a"}, GOOD]
+    path = write("y.jsonl", "\n".join(map(json.dumps, some)))
+    assert len(load(path)) == 3, "a column that a row lacks is no id"
+    path = write("z.jsonl", "\n".join(json.dumps(GOOD | {column: name}) for name in ("1", 1)))
+    assert len(load(path)) == 2, "a number and a text are different ids"
+
+
+def test_gzip(write):
+    lines = f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}\n".encode()
+    assert len(load(write("x.jsonl.gz", gzip.compress(lines)))) == 2
+    for content in (lines, gzip.compress(lines)[:-9], gzip.compress(lines)[:12] + b"?" * 30):
+        with pytest.raises(ValueError, match=r"x\.jsonl\.gz: not a whole gzip file"):
+            load(write("x.jsonl.gz", content))
+    with pytest.raises(ValueError, match=r"x\.jsonl\.gz, line 2: not valid JSON"):
+        load(write("x.jsonl.gz", gzip.compress(f"{json.dumps(GOOD)}\n{{".encode())))
+
+
+def test_published_answers_hold_their_examples(write):
+    """Rows in which the question stands in words, as published evaluations write them."""
+    row = {"question": f"Solve the following Sudoku puzzle: {PUZZLE}\n", "answer": SOLUTION}
+    assert load(write("x.jsonl", json.dumps(row))) == [GOOD]
+    row = {"question": "Numbers: [30, 100, 93]\nTarget: 23", "answer": [[30, 100, 93], 23]}
+    path = write("x.jsonl", json.dumps(row))
+    assert load(path, "countdown") == [{"numbers": [30, 100, 93], "target": 23}]
 
 
 def test_missing_files_and_directories(tmp_path):
