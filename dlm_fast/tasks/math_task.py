@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from . import math_rewards
 from .answer_text import boxes
@@ -145,6 +145,7 @@ class MathTask:
 
     config: MathConfig
     problems: Problems
+    thread_safe: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         # read and checked when the task is made, not at the first prompt of a run
@@ -163,7 +164,24 @@ class MathTask:
                 f"task {self.name} generates no data: give a JSONL, CSV or parquet file with the "
                 "columns question and answer"
             )
-        return [self._example(row) for row in read_table(path)]
+        return [self.example(row) for row in read_table(path)]
+
+    def example(self, row: Row) -> dict[str, str]:
+        """The problem of a row of a data file; ValueError names file and line."""
+        known = {"question": QUESTIONS, "answer": (*ANSWERS, *SOLUTIONS)}
+        columns = {name: self.config.columns[name] for name in self.config.columns if name in known}
+        fields = pick_fields(row, known, columns, self.name)
+        question = fields["question"]
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"{row.where}: question must be a text, got {shorten(question)}")
+        answer, trace = _reference(fields["answer"], row)
+        if self.problems.only_numbers and not values(answer):
+            raise ValueError(
+                f"{row.where}: a {self.name} answer must be a number, got {shorten(answer)}; "
+                'the task "math" takes any expression'
+            )
+        trace = _trace(row, self.config.columns) or trace
+        return {"question": question, "answer": answer} | ({"trace": trace} if trace else {})
 
     def prompt(self, example: Example) -> str:
         """The question in the template's words, behind the few-shot examples."""
@@ -244,7 +262,7 @@ class MathTask:
     @cached_property
     def _shots(self) -> str:
         rows = shot_rows(self.config.shots, f"{self.name}.shots")
-        examples = [self._example(row) for row in rows]
+        examples = [self.example(row) for row in rows]
         return shots_text((self._ask(e), self._shown(e)) for e in examples)
 
     def _ask(self, example: Example) -> str:
@@ -264,22 +282,6 @@ class MathTask:
                     f"with tasks.get({self.name!r}).load(path, split)"
                 )
         return question, answer
-
-    def _example(self, row: Row) -> dict[str, str]:
-        known = {"question": QUESTIONS, "answer": (*ANSWERS, *SOLUTIONS)}
-        columns = {name: self.config.columns[name] for name in self.config.columns if name in known}
-        fields = pick_fields(row, known, columns, self.name)
-        question = fields["question"]
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"{row.where}: question must be a text, got {shorten(question)}")
-        answer, trace = _reference(fields["answer"], row)
-        if self.problems.only_numbers and not values(answer):
-            raise ValueError(
-                f"{row.where}: a {self.name} answer must be a number, got {shorten(answer)}; "
-                'the task "math" takes any expression'
-            )
-        trace = _trace(row, self.config.columns) or trace
-        return {"question": question, "answer": answer} | ({"trace": trace} if trace else {})
 
 
 def gsm8k_task(config: MathConfig) -> MathTask:

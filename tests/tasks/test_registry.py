@@ -89,8 +89,8 @@ def test_a_config_of_another_task_is_refused():
 
 
 DOCUMENTED = (
-    "answer_text arithmetic sudoku countdown registry math_answer math_text math_numbers "
-    "math_equality math_task"
+    "answer_text arithmetic sudoku sudoku_grid countdown registry "
+    "math_answer math_text math_numbers math_equality math_task"
 )
 
 

@@ -5,11 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlm_fast import tasks
-from dlm_fast.tasks import sudoku
+from dlm_fast.tasks import sudoku_grid
 
 PUZZLE, SOLUTION = "3102200002100320", "3142243142131324"
 EXAMPLE = {"puzzle": PUZZLE, "solution": SOLUTION}
-GRIDS = sudoku.all_grids()
+GRIDS = sudoku_grid.all_grids()
 EMPTY = [at for at in range(16) if PUZZLE[at] == "0"]
 
 
@@ -27,7 +27,7 @@ def score(text, example=EXAMPLE, **options):
 
 def test_there_are_288_grids_and_each_is_valid():
     assert len(set(GRIDS)) == 288
-    assert all(sudoku.is_valid_grid(grid) for grid in GRIDS)
+    assert all(sudoku_grid.is_valid_grid(grid) for grid in GRIDS)
     assert list(GRIDS) == sorted(GRIDS)
 
 
@@ -43,13 +43,13 @@ def test_there_are_288_grids_and_each_is_valid():
     ],
 )
 def test_wrong_grids_are_not_valid(grid):
-    assert not sudoku.is_valid_grid(grid)
+    assert not sudoku_grid.is_valid_grid(grid)
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("test_grids", [1, 48, 287])
 def test_splits_share_no_grid_and_cover_all(seed, test_grids):
-    split = sudoku.split_grids(test_grids, seed)
+    split = sudoku_grid.split_grids(test_grids, seed)
     assert len(split["test"]) == test_grids
     assert not set(split["test"]) & set(split["train"])
     assert {*split["test"], *split["train"]} == set(GRIDS)
@@ -63,8 +63,8 @@ def test_generated_examples_keep_their_splits_grids():
     assert (len(train_grids), len(test_grids)) == (240, 48)
     assert not train_grids & test_grids
     for example in [*train[:300], *test]:
-        assert sudoku.is_valid_grid(example["solution"])
-        assert sudoku.keeps_clues(example["solution"], example["puzzle"])
+        assert sudoku_grid.is_valid_grid(example["solution"])
+        assert sudoku_grid.keeps_clues(example["solution"], example["puzzle"])
         assert 8 <= example["puzzle"].count("0") <= 12
     assert {e["puzzle"].count("0") for e in train} == {8, 9, 10, 11, 12}
 
@@ -111,7 +111,7 @@ def test_each_corrupted_cell_costs_its_share(example, data):
     result = score("".join(answer), example)
     assert result.reward == pytest.approx(1 - len(wrong) / len(empty), abs=1e-12)
     # Several wrong cells may form another solution; a single one never does.
-    assert result.correct == ("".join(answer) in sudoku.solutions(example["puzzle"]))
+    assert result.correct == ("".join(answer) in sudoku_grid.solutions(example["puzzle"]))
     halves = score("".join(answer), example, cell_weight=0.5, solved_weight=0.5)
     assert halves.reward == pytest.approx(0.5 * result.reward + 0.5 * result.correct)
 
@@ -131,7 +131,7 @@ def test_noise_hits_the_asked_share_of_empty_cells_only():
     for example in task.load(None, "train"):
         noisy = task.demonstration(example)
         assert noisy == task.demonstration(example)
-        assert sudoku.keeps_clues(noisy, example["puzzle"])
+        assert sudoku_grid.keeps_clues(noisy, example["puzzle"])
         assert set(noisy) <= set("1234")
         empty += example["puzzle"].count("0")
         changed += sum(a != b for a, b in zip(noisy, example["solution"], strict=True))
@@ -141,7 +141,7 @@ def test_noise_hits_the_asked_share_of_empty_cells_only():
 
 def test_any_solution_of_an_ambiguous_puzzle_is_correct():
     puzzle = "1234341200000000"
-    found = sudoku.solutions(puzzle)
+    found = sudoku_grid.solutions(puzzle)
     assert len(found) == 4
     for grid in found[1:]:
         result = score(grid, {"puzzle": puzzle, "solution": found[0]})
@@ -150,7 +150,7 @@ def test_any_solution_of_an_ambiguous_puzzle_is_correct():
 
 
 def test_a_valid_grid_against_the_clues_is_not_correct():
-    other = next(grid for grid in GRIDS if not sudoku.keeps_clues(grid, PUZZLE))
+    other = next(grid for grid in GRIDS if not sudoku_grid.keeps_clues(grid, PUZZLE))
     result = score(other)
     assert result.detail["valid"]
     assert not result.correct
@@ -227,11 +227,11 @@ def test_published_test_puzzles(shared_data):
     assert len(examples) == 500
     assert examples[0] == {"puzzle": "3102200002100320", "solution": "3142243142131324"}
     assert examples[1]["puzzle"].startswith("0")
-    counts = [len(sudoku.solutions(example["puzzle"])) for example in examples]
+    counts = [len(sudoku_grid.solutions(example["puzzle"])) for example in examples]
     assert min(counts) == 1
     assert sum(count > 1 for count in counts) == 124
     for example in examples:
-        for grid in sudoku.solutions(example["puzzle"]):
+        for grid in sudoku_grid.solutions(example["puzzle"]):
             assert task.score(grid, example).correct
 
 
