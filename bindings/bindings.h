@@ -17,6 +17,7 @@ void bind_select_rows(pybind11::module_& m);
 void bind_unmask_select(pybind11::module_& m);
 void bind_mask_tokens(pybind11::module_& m);
 void bind_token_logprob(pybind11::module_& m);
+void bind_trace_pack(pybind11::module_& m);
 void bind_token_stats(pybind11::module_& m);
 void bind_weighted_logprob(pybind11::module_& m);
 void bind_grad_accumulator(pybind11::module_& m);

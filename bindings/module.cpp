@@ -11,6 +11,7 @@ PYBIND11_MODULE(_C, m) {
   dlm_fast::bind_mask_tokens(m);
   dlm_fast::bind_token_logprob(m);
   dlm_fast::bind_token_stats(m);
+  dlm_fast::bind_trace_pack(m);
   dlm_fast::bind_weighted_logprob(m);
   dlm_fast::bind_row_stats(m);
   dlm_fast::bind_select_rows(m);

@@ -9,6 +9,15 @@ from dlm_fast.ops.philox import Rng, Stream, gumbel, mix64, philox_uniform, phil
 from dlm_fast.ops.sample_grad_norm import sample_grad_norm, sample_grad_norm_ref
 from dlm_fast.ops.token_logprob import TokenLogprob, token_logprob, token_logprob_ref
 from dlm_fast.ops.token_stats import TokenStats, token_stats, token_stats_ref
+from dlm_fast.ops.trace_pack import (
+    TraceConditional,
+    TraceNode,
+    TracePack,
+    fill_bins,
+    join_packs,
+    trace_conditionals_ref,
+    trace_pack,
+)
 from dlm_fast.ops.unmask_select import unmask_select, unmask_select_ref
 from dlm_fast.ops.visibility import Visibility
 from dlm_fast.ops.weighted_logprob import (
@@ -32,6 +41,13 @@ __all__ = [
     "token_stats_ref",
     "TokenStats",
     "Visibility",
+    "TraceNode",
+    "TracePack",
+    "trace_pack",
+    "TraceConditional",
+    "trace_conditionals_ref",
+    "join_packs",
+    "fill_bins",
     "interval_attention_ref",
     "Rng",
     "Stream",
