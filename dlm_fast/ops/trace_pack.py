@@ -136,7 +136,8 @@ def trace_conditionals_ref(
     """
     checked = _check(nodes, block_size, shrink, grid_shift)
     starts = checked.start.tolist()
-    found, seen = [], set()
+    found: list[TraceConditional] = []
+    seen: set[tuple[int, int, int]] = set()
     for leaf in range(len(nodes)):
         if any(node.parent == leaf for node in nodes):
             continue
@@ -256,11 +257,11 @@ def _check(nodes: Sequence[TraceNode], block_size: int, shrink: int, grid_shift:
             )
         step = torch.zeros_like(node.ids, dtype=torch.int32) if node.step is None else node.step
         mark = step > 0 if node.trainable is None else node.trainable
-        for name, value, dtype in (("step", step, torch.int32), ("trainable", mark, torch.bool)):
-            if value.dtype != dtype or value.shape[-1:] != node.ids.shape or value.dim() > 2:
+        for name, given, dtype in (("step", step, torch.int32), ("trainable", mark, torch.bool)):
+            if given.dtype != dtype or given.shape[-1:] != node.ids.shape or given.dim() > 2:
                 raise TypeError(
                     f"{op}: nodes[{index}].{name} must be {dtype} with a last dimension of "
-                    f"{node.ids.numel()}, got {value.dtype} {list(value.shape)}"
+                    f"{node.ids.numel()}, got {given.dtype} {list(given.shape)}"
                 )
         steps.append(step.expand(*shape, -1))
         trainable.append(mark.expand(*shape, -1))
