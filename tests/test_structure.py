@@ -26,7 +26,18 @@ BELOW = {
     "tasks": set(),
     "algorithms": {"ops", "models", "rollout.sampler_config", "rollout.trajectory"},
     "training": {"ops", "models", "rollout", "tasks", "algorithms"},
-    "cli": {"ops", "benchmark", "models", "rollout", "tasks", "algorithms", "training", "_C"},
+    "integrations": {"ops", "models", "rollout", "algorithms"},
+    "cli": {
+        "ops",
+        "benchmark",
+        "models",
+        "rollout",
+        "tasks",
+        "algorithms",
+        "training",
+        "integrations",
+        "_C",
+    },
 }
 # Layer -> packages outside the standard library it may import, at the top of a file or inside.
 PACKAGES = {
@@ -47,7 +58,8 @@ PACKAGES = {
         "torch",
         "trackio",
     },
-    "cli": {"accelerate", "matplotlib", "numpy", "rich", "torch", "tyro"},
+    "integrations": {"lm_eval", "torch"},
+    "cli": {"accelerate", "lm_eval", "matplotlib", "numpy", "rich", "torch", "tyro"},
 }
 ARGUMENT_PARSERS = {"argparse", "optparse", "getopt", "tyro", "click"}
 
@@ -129,6 +141,8 @@ def test_imports_point_downwards():
         ("training", "dlm_fast.cli"),
         ("training", "argparse"),
         ("config", "dlm_fast.ops"),
+        ("training", "dlm_fast.integrations"),
+        ("integrations", "dlm_fast.cli"),
     ],
 )
 def test_an_upward_import_is_found(layer, module):

@@ -16,11 +16,12 @@ COMMANDS = {
     "train": "train a model: reinforcement learning or fine-tuning; alone: the demonstration",
     "sample": "print completions of a model",
     "evaluate": "score a model on a task",
+    "lm-eval": "the lm-eval harness with this model: dlm-fast lm-eval run --model dlm_fast ...",
     "plot": "draw the curves of one or several runs",
     "bench": "time the ops of this build beside plain PyTorch",
     "info": "what was built, what this machine has, what is in force",
 }
-"""command -> what it does; module dlm_fast.cli.<command> holds ``run(argv)``"""
+"""command -> what it does; module dlm_fast.cli.<command> holds ``run(argv)``, - being _"""
 
 HELP = f"""usage: dlm-fast COMMAND [OPTIONS]
 
@@ -73,7 +74,9 @@ def _run(words: list[str]) -> int:
         hint = suggest(command, list(COMMANDS)) or f"; commands: {', '.join(COMMANDS)}"
         return _fail("dlm-fast", f"unknown command {command!r}{hint}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    run: Callable[[list[str]], int] = importlib.import_module(f"dlm_fast.cli.{command}").run
+    run: Callable[[list[str]], int] = importlib.import_module(
+        f"dlm_fast.cli.{command.replace('-', '_')}"
+    ).run
     return run(words[1:])
 
 
