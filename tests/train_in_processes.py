@@ -64,9 +64,10 @@ def real(run_dir: str, changes: dict[str, Any]) -> Trainer:
     """BGPO with two updates an iteration; prompts differ in length."""
     changes = dict(changes)
     bound, early = changes.pop("bound", "both"), changes.pop("early", False)
+    lora = changes.pop("lora", None)
     algorithm = bgpo.Config(num_samples=2, group_size=4, mini_batch=8, bound=bound)
     return Trainer(
-        ending_policy() if early else tiny_policy(),
+        ending_policy() if early else tiny_policy(lora=lora),
         DigitsTask(),
         replace(algorithm, scored_tokens="response") if early else algorithm,
         replace(SMALL, prompts_per_step=4, **changes),

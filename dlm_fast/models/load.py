@@ -197,7 +197,8 @@ def _load_tensors(
         # a copy: what was read may be a view of the file, which others can change
         value = files.read(tensor).to(device=device, dtype=dtype, copy=True)
         # the sum is not finite if a number is not, and costs no second tensor
-        if not value.sum(dtype=torch.promote_types(dtype, torch.float32)).isfinite():
+        total = value.sum(dtype=torch.promote_types(dtype, torch.float32))
+        if not total.isfinite() and not value.isfinite().all():
             damaged.append(tensor)
         _assign(policy, name, value)
     if damaged:

@@ -89,8 +89,8 @@ def _shard_of_each_tensor(directory: Path) -> dict[str, str]:
             f"{directory} holds neither {SINGLE} nor {INDEX}"
             + (
                 f", only {pickled[0].name}: pickled files can run code and are never loaded; "
-                "convert the checkpoint to safetensors: load it with Transformers where you trust it, "
-                "and call save_pretrained"
+                "convert the checkpoint to safetensors: load it with Transformers where you trust "
+                "it, and call save_pretrained"
                 if pickled
                 else "; is it the folder of a checkpoint?"
             )

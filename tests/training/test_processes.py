@@ -64,17 +64,20 @@ def single(tmp_path_factory):
         "two_pass": real(str(folder / "two_pass"), {"bound": "exact_two_pass"}).run().history,
         "early": real(str(folder / "early"), {"early": True}).run().history,
         "statistics": real(str(folder / "statistics"), STATISTICS).run().history,
+        "adapters": real(str(folder / "adapters"), ADAPTERS).run().history,
     }
     return folder, histories
 
 
 # of single rollouts: other micro-batches are other samples in another layout
 STATISTICS = {"gradient_statistics": True, "micro_batch": 1}
+ADAPTERS = {"lora": {"rank": 2}}
 JOBS = [
     ["fake", "fake", {}],
     ["bgpo", "bgpo", {}],
     ["bgpo", "two_pass", {"bound": "exact_two_pass"}],
     ["bgpo", "early", {"early": True}],
+    ["bgpo", "adapters", ADAPTERS],
     ["fake", "taken_up", {"resume": True, "max_steps": 5}],
 ]
 
@@ -121,7 +124,7 @@ def test_the_layout_is_as_asked(pair):
             assert local == [elements, elements]
 
 
-@pytest.mark.parametrize("run", ["fake", "bgpo", "two_pass", "early", "statistics"])
+@pytest.mark.parametrize("run", ["fake", "bgpo", "two_pass", "early", "statistics", "adapters"])
 def test_metrics_equal_those_of_one_process(pair, single, run):
     """Three steps; ranks hold 3 and 2 prompts of different lengths, or unequal micro-batches."""
     kind, folder, reports = pair
@@ -143,7 +146,7 @@ def test_ranks_make_unequal_numbers_of_forwards(pair, single):
     assert first != second
 
 
-@pytest.mark.parametrize("run", ["fake", "bgpo"])
+@pytest.mark.parametrize("run", ["fake", "bgpo", "adapters"])
 def test_checkpoints_do_not_know_the_layout(pair, single, run):
     """Same tensors under the same names, whole; AdamW's moments are compared relatively."""
     _, folder, _ = pair
