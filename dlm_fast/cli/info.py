@@ -34,13 +34,19 @@ SIMD_LEVELS = ("scalar", "avx2", "avx512", "avx512bf16")
 
 @dataclass(frozen=True, kw_only=True)
 class InfoOptions:
-    """What was built, what this machine has, what is in force; put it into every bug report."""
+    """What was built, what this machine has, what is in force; put it into every bug report.
+
+    With a model, as in ``dlm-fast info DIR``: what the checkpoint or the run's model is. Everything
+    but its weights is read and checked.
+    """
 
     json: bool = False
     """print JSON for programs"""
 
 
 def run(argv: list[str]) -> int:
+    if argv and not argv[0].startswith("-"):
+        return _about_model(argv)
     options = parse(InfoOptions, argv, prog="dlm-fast info")
     found = facts()
     if options.json:
@@ -52,6 +58,22 @@ def run(argv: list[str]) -> int:
             write(f"  {name:<22}{value}")
     for warning in found["warnings"]:
         write(f"warning: {warning}")
+    return 0
+
+
+def _about_model(argv: list[str]) -> int:
+    # not above: info also says why a package without its compiled part cannot load models
+    from dlm_fast.cli.chosen_model import choose_model
+    from dlm_fast.models.summary import summarise
+
+    model, words = choose_model(argv, "dlm-fast info")
+    options = parse(InfoOptions, words, prog="dlm-fast info MODEL")
+    found = summarise(model.path)
+    if options.json:
+        write(json.dumps(found, indent=2))
+        return 0
+    for name, value in found.items():
+        write(f"{name:<20}{value}")
     return 0
 
 

@@ -19,7 +19,7 @@ COMMANDS = {
     "lm-eval": "the lm-eval harness with this model: dlm-fast lm-eval run --model dlm_fast ...",
     "plot": "draw the curves of one or several runs",
     "bench": "time the ops of this build beside plain PyTorch",
-    "info": "what was built, what this machine has, what is in force",
+    "info": "what was built, what this machine has, what is in force; of a model: what it is",
 }
 """command -> what it does; module dlm_fast.cli.<command> holds ``run(argv)``, - being _"""
 

@@ -34,11 +34,15 @@ class TensorFiles:
         """file name of each tensor; empty for a single file"""
         names = sorted(set(self.shards.values())) or [SINGLE]
         self._files = {name: stack.enter_context(_open(directory / name)) for name in names}
-        self.file_of = {
-            tensor: name
-            for name, file in self._files.items()
-            for tensor in file.keys()  # noqa: SIM118
-        }
+        self.file_of: dict[str, str] = {}
+        for name, file in self._files.items():
+            for tensor in file.keys():  # noqa: SIM118
+                if tensor in self.file_of:
+                    raise ValueError(
+                        f"{directory}: tensor {tensor!r} lies in {self.file_of[tensor]} and in "
+                        f"{name}; the files do not belong together"
+                    )
+                self.file_of[tensor] = name
         self._check_index()
 
     def dtype(self, tensor: str) -> torch.dtype:

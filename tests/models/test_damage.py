@@ -58,6 +58,15 @@ def test_damaged_files_are_named_for_every_family(tmp_path, model_type):
     refused(f"lacks tensor '{first}'")
 
 
+def test_a_tensor_lies_in_one_file_only(tmp_path):
+    directory = make(tmp_path, shards=2)
+    first, second = sorted(directory.glob("model-*.safetensors"))[:2]
+    name = next(iter(load_file(first)))
+    edit_tensors(directory, lambda t: t.update({name: torch.ones(1)}), second.name)
+    with pytest.raises(ValueError, match=rf"'{name}' lies in {first.name} and in {second.name}"):
+        load(directory)
+
+
 @pytest.mark.parametrize(
     "file",
     ["../other.safetensors", "/other.safetensors", "a/../../other.safetensors", "..", "a\\b", ""],
