@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlm_fast import tasks
 from dlm_fast.cli.evaluate import task_metrics
+from dlm_fast.tasks.disagreement import why
 from dlm_fast.tasks.score_stream import ScoreStream
 from dlm_fast.tasks.table import Row, read_table, shorten
 from dlm_fast.training.answers import summarise, verdict_columns, write_answers
@@ -29,6 +30,7 @@ def score_responses(options: EvaluateOptions) -> dict[str, Any]:
     source = read_table(options.responses, repeated_ids=True)
     if options.num_examples:
         source = source[: options.num_examples]
+    source, without_reference = _with_reference(source, options)
     column = _column(source, options.response_column, RESPONSES, "--response-column", "answers")
     examples = _examples(task, source, options)
     texts = [_text(row, column) for row in source]
@@ -45,9 +47,11 @@ def score_responses(options: EvaluateOptions) -> dict[str, Any]:
     summary = summarise(rows, options.seed)
     summary["metrics"] = task_metrics(task, rows)
     summary["data"] = f"{len(rows)} answers of {options.responses}"
+    if without_reference:
+        summary["data"] += f" ({without_reference} more have no reference and are left out)"
     verdicts = _verdict_column(source, options.verdict_column)
     if verdicts is not None:
-        summary["agreement"] = _agreement(source, rows, verdicts)
+        summary["agreement"] = _agreement(task.name, source, rows, verdicts)
     if options.answers is not None:
         write_answers(Path(options.answers), rows)
         summary["answers"] = options.answers
@@ -62,6 +66,16 @@ def _scored(
             part = range(start, min(start + _PART, len(texts)))
             stream.add(part, [texts[i] for i in part], [examples[i] for i in part])
         return stream.finish()
+
+
+def _with_reference(source: list[Row], options: EvaluateOptions) -> tuple[list[Row], int]:
+    """The rows that can be judged, and how many cannot: published files hold nulls as answers."""
+    if options.data is not None or "example" in source[0].values:
+        return source, 0  # the reference stands elsewhere
+    kept = [row for row in source if row.values.get("answer", "") is not None]
+    if not kept:
+        raise ValueError(f"{options.responses}: every answer is null, so nothing can be judged")
+    return kept, len(source) - len(kept)
 
 
 def _examples(task: Any, source: Sequence[Row], options: EvaluateOptions) -> list[Any]:
@@ -132,7 +146,7 @@ def _verdict_column(source: Sequence[Row], named: str | None) -> str | None:
 
 
 def _agreement(
-    source: Sequence[Row], rows: Sequence[dict[str, Any]], column: str
+    task: str, source: Sequence[Row], rows: Sequence[dict[str, Any]], column: str
 ) -> dict[str, Any]:
     """How often the verdicts agree, and every case in which they do not.
 
@@ -156,8 +170,9 @@ def _agreement(
                 "ours": ours[i],
                 "theirs": theirs[i],
                 "answer": rows[i]["answer"],
+                "found": rows[i]["detail"].get("found", rows[i]["answer"]),
                 "reference": _reference(rows[i]["example"]),
-                "reason": _reason(rows[i]["detail"]),
+                "reason": _reason(task, rows[i]),
                 "end": rows[i]["completion"][-200:],
             }
             for i in differ
@@ -183,13 +198,17 @@ def _reference(example: Mapping[str, Any]) -> str:
     """What the right answer is, as the example says it."""
     for names in (("answer",), ("solution",), ("numbers", "target")):
         if all(name in example for name in names):
-            return shorten([example[n] for n in names] if len(names) > 1 else example[names[0]], 80)
+            values = [example[name] for name in names]
+            text = values[0] if len(values) == 1 and isinstance(values[0], str) else str(values)
+            return text if len(text) <= 80 else text[:77] + "..."
     return shorten({k: v for k, v in example.items() if k not in ("prompt", "question")}, 80)
 
 
-def _reason(detail: Mapping[str, Any]) -> str:
-    """How our verdict came about: the short entries of its detail."""
+def _reason(task: str, row: Mapping[str, Any]) -> str:
+    """Why the other verdict is not ours; else the short entries of our verdict's detail."""
+    detail, example = row["detail"], row["example"]
     if "reason" in detail:
         return str(detail["reason"])
+    known = why(task, row["completion"], str(example.get("answer", "")), row)
     parts = (f"{k}={v}" for k, v in detail.items() if k != "answer" and len(str(v)) <= 40)
-    return ", ".join(parts)
+    return known or ", ".join(parts)

@@ -3,10 +3,10 @@
 import json
 import re
 
+import agreement_tables
 import pytest
 
 from dlm_fast import tasks
-from dlm_fast.tasks.agreement import compare, markdown
 from dlm_fast.tasks.answer_text import before_end_of_turn, tagged_answer
 from dlm_fast.tasks.math_numbers import values
 
@@ -42,40 +42,28 @@ def test_sudoku_cells(shared_data):
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "rate", "rejected"),
-    [
-        ("countdown", "countdown_llada8b_256.jsonl", 0.98, 0),
-        ("gsm8k", "gsm8k_llada8b_256.jsonl", 0.98, 2),
-        ("math", "math500_llada8b_256.jsonl", 0.96, 0),
-    ],
+    ("name", "rate", "rejected"), [("countdown", 0.98, 0), ("gsm8k", 0.98, 2), ("math", 0.96, 0)]
 )
 @pytest.mark.parametrize("symbolic", ["on", "off"])
 def test_verdicts_agree_and_each_disagreement_has_a_reason(
-    shared_data, name, file, rate, rejected, symbolic
+    shared_data, name, rate, rejected, symbolic, repository
 ):
-    if name == "countdown":
-        task = tasks.get(name)
-    else:
-        if symbolic == "on":
-            pytest.importorskip("math_verify", reason="needs the extra math")
-        task = tasks.get(name, symbolic=symbolic, seconds=20)
-    agreement = compare(task, str(shared_data / "responses" / file))
-    assert agreement.rate >= rate
-    assert len(agreement.rejected) == rejected
-    for row in agreement.disagreements:
-        assert row.reason, row
-    # What is rejected is rejected for its value.
-    for row in agreement.rejected:
-        assert not values(row.answer) & values(row.reference)
-
-
-def test_the_table_in_the_documents_is_the_one_of_today(shared_data, repository):
-    pytest.importorskip("math_verify", reason="needs the extra math")
-    page = (repository / "docs" / "math_answers.md").read_text(encoding="utf-8")
-    for name, file in (("gsm8k", "gsm8k"), ("math", "math500"), ("countdown", "countdown")):
-        path = str(shared_data / "responses" / f"{file}_llada8b_256.jsonl")
-        task = tasks.get(name) if name == "countdown" else tasks.get(name, seconds=20)
-        assert markdown(compare(task, path)) in page
+    if symbolic == "on":
+        pytest.importorskip("math_verify", reason="needs the extra math")
+    options = {} if name == "countdown" else {"symbolic": symbolic}
+    found = agreement_tables.agreement(name, shared_data / "responses", **options)
+    assert found["fraction"] >= rate
+    cases = found["disagreements"]
+    for case in cases:
+        assert "=" not in case["reason"], f"no known reason: {case}"
+    rejections = [case for case in cases if not case["ours"]]
+    assert len(rejections) == rejected
+    for case in rejections:  # for its value, which is another one
+        assert values(case["found"])
+        assert not values(case["found"]) & values(case["reference"])
+    if symbolic == "on":
+        page = (repository / "docs" / "math_answers.md").read_text(encoding="utf-8")
+        assert agreement_tables.table(found) in page, "run benches/agreement_tables.py"
 
 
 def test_mean_accuracy_is_the_published_one(shared_data):
