@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from llada_directory import write_llada_directory
+from strong_weights import strengthen
 
 from dlm_fast import load
 
@@ -46,10 +47,4 @@ def tiny_policy():
 @pytest.fixture
 def exact_policy():
     """The built-in model, small, in float64, its weights larger than a new model's."""
-    policy = load("tiny", dtype="float64", width=16, layers=2, heads=2)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter += 0.2 * noise
-    return policy
+    return strengthen(load("tiny", dtype="float64", width=16, layers=2, heads=2), 0.2)

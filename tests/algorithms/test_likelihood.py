@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from strong_weights import strengthen
 
 from dlm_fast import load
 from dlm_fast.algorithms.likelihood import LikelihoodConfig, loglikelihood
@@ -14,14 +15,7 @@ CONTEXT, TEXT = torch.tensor([5, 17, 3, 9, 40]), torch.tensor([8, 21, 30])
 
 
 def model(**options):
-    """A tiny model whose weights are larger than a new one's, so that context matters."""
-    policy = load("tiny", **SIZES, **options)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter += 0.3 * noise
-    return policy
+    return strengthen(load("tiny", **SIZES, **options), 0.3)
 
 
 def bound_by_enumeration(policy, context, text, visibility):

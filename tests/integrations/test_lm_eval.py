@@ -1,7 +1,6 @@
 """The harness's model: its three requests, through the real package, on tasks made on the spot."""
 
 import json
-import subprocess
 import sys
 import tomllib
 from importlib.metadata import EntryPoint
@@ -17,6 +16,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from dlm_fast.cli.main import main
 from dlm_fast.integrations.lm_eval import DlmFastLM, register
 
 TINY = {"width": 16, "layers": 1, "heads": 2}
@@ -101,17 +101,21 @@ def test_tasks_of_the_harness(tasks):
 
 
 @pytest.mark.slow
-def test_through_the_command(tasks, tmp_path):
-    """A process of its own, as users run it; results written by the harness."""
-    pytest.importorskip("datasets")
+def test_through_the_command(tasks, tmp_path, monkeypatch):
+    """As users run it: the harness reads its words, finds the model and writes its results."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))  # the command replaces them
     arguments = ",".join(f"{name}={value}" for name, value in TINY.items())
     words = f"lm-eval run --model dlm_fast --model_args pretrained=tiny,mc_num=2,{arguments}"
     words += f" --tasks toy_choice --include_path {tasks} --output_path {tmp_path / 'out'}"
-    command = [sys.executable, "-m", "dlm_fast", *words.split(), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert main([*words.split(), "--device", "cpu"]) == 0
     [file] = (tmp_path / "out").rglob("results_*.json")
     assert "acc,none" in json.loads(file.read_text())["results"]["toy_choice"]
+
+
+def test_the_command_without_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    assert main(["lm-eval", "run"]) == 2
+    assert "pip install 'dlm_fast[eval]'" in capsys.readouterr().err
 
 
 def test_causal_likelihoods_are_exact():
