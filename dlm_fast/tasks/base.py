@@ -26,6 +26,8 @@ class Task(Protocol):
     """Data, prompts and rewards of one kind of problem.
 
     With an attribute `thread_safe = True` a task says that it may score in several threads at once.
+    A method `example(row)`, from a table's `Row` to an example, lets files of answers carry their
+    own examples.
     """
 
     @property

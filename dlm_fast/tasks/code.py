@@ -30,7 +30,7 @@ from .sandbox.verdicts import (
     check_programs,
     working_mode,
 )
-from .table import read_table
+from .table import Row, read_table
 from .templates import Template, own_or, shot_rows, shots_text
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,11 @@ class Code:
                 "task code generates no data: give a JSONL, CSV or parquet file whose rows have "
                 "question and tests, or the columns of HumanEval or MBPP"
             )
-        return [example_of(row, self.config.columns) for row in read_table(path)]
+        return [self.example(row) for row in read_table(path)]
+
+    def example(self, row: Row) -> Example:
+        """The problem of a row."""
+        return example_of(row, self.config.columns)
 
     def prompt(self, example: Example) -> str:
         """The question in the template's words, behind the few-shot examples."""

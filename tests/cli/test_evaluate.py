@@ -1,5 +1,6 @@
 """``dlm-fast evaluate``: samples, files of answers, kills, broken checkers, long prompts."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -313,3 +314,48 @@ def test_long_prompts(small_run, tmp_path, capsys):
         summary = evaluated(capsys, *words[1:], "--long-prompts", policy)
         found = (*summary["prompts"].values(), summary["examples"])
         assert found == counts
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "csv", "parquet"])
+def test_every_format_with_a_column_mapping(ending, user_task, small_run, tmp_path, capsys):
+    rows = [{"q": f"{i}+1=", "wanted": 4} for i in range(3)]
+    path = tmp_path / f"d.{ending}"
+    if ending == "parquet":
+        pyarrow = pytest.importorskip("pyarrow", reason="the optional reader pyarrow is absent")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif ending == "csv":
+        path.write_text("q,wanted\n" + "".join(f"{r['q']},{r['wanted']}\n" for r in rows))
+    else:
+        pack = gzip.compress if ending.endswith("gz") else bytes
+        path.write_bytes(pack("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    out = tmp_path / "o.jsonl"
+    words = [small_run / "model", "--task", user_task, "--data", path, "--answers", out]
+    words += ["--task-options.columns", "prompt", "q", "--rollout.max-new-tokens", "4"]
+    words += ["--rollout.block-size", "4", "--rollout.steps", "2", "--max-checker-failures", "1"]
+    evaluated(capsys, *words)
+    assert [row["prompt"] for row in rows_of(out)] == [row["q"] for row in rows]
+    failed = ["checker_error" in row["detail"] for row in rows_of(out)]
+    assert failed == [ending == "csv"] * 3, "CSV holds texts, by which a length cannot be divided"
+
+
+def test_a_broken_checker_stops_a_run_that_goes_on_once_it_is_mended(
+    user_task, small_options, tmp_path, capsys
+):
+    rows = [{"prompt": "1=", "wanted": 3} | ({"fail": 1} if i % 2 else {}) for i in range(6)]
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    options = [word for word in small_options if "template" not in word and word != "plain"]
+    folder = tmp_path / "run"
+    words = ["train", "bgpo", *options, "--task", user_task, "--data", data, "--eval-data", data]
+    words += ["--run-dir", str(folder), "--algorithm.group-size", "2", "--train.max-steps", "2"]
+    words += ["--train.prompts-per-step", "6", "--train.eval-every", "0"]
+    assert main([*words, "--train.max-checker-failures", "0.4"]) == 2
+    err = capsys.readouterr().err
+    assert "failed on 6 of 12 completions, first with KeyError" in err
+    assert f"dlm-fast train --run-dir {folder} --resume" in err, "the state is saved"
+    [row] = rows_of(folder / "metrics.jsonl")
+    assert row["reward/checker_failures"] == 6
+    (tmp_path / "mine.py").write_text(USER_FILE.replace("raise", "return 0.0 #"))
+    assert main(["train", "--run-dir", str(folder), "--resume"]) == 0
+    found = rows_of(folder / "metrics.jsonl")
+    assert [row["reward/checker_failures"] for row in found] == [0, 0]
