@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 # and numpy alone.
 _PUBLIC = {
     "load": "dlm_fast.models.load",
+    "LoraOptions": "dlm_fast.models.lora_options",
     "Policy": "dlm_fast.models.policy",
     "ScoreRequest": "dlm_fast.models.requests",
     "Visibility": "dlm_fast.ops.visibility",

@@ -97,7 +97,7 @@ def _of_run(options: GradientNoiseOptions) -> Measure:
     from dlm_fast.models.load import load
     from dlm_fast.training.gradient_noise import measure, rollouts
 
-    policy = load(chosen.path)
+    policy = load(chosen.path, **chosen.model_options)
     task = tasks.get(chosen.task or "sudoku", **chosen.task_options)
 
     def measured(options: GradientNoiseOptions, seed: int, progress: Progress) -> Measurement:

@@ -21,6 +21,8 @@ class ChosenModel:
     """folder of the run that made it"""
     task: str | None = None
     task_options: dict[str, Any] = field(default_factory=dict)
+    model_options: dict[str, Any] = field(default_factory=dict)
+    """facts that the run had to add to its checkpoint, for ``dlm_fast.load``"""
     rollout: SamplerConfig = field(default_factory=SamplerConfig)
     """how the run sampled"""
 
@@ -48,5 +50,15 @@ def choose_model(argv: list[str], prog: str) -> tuple[ChosenModel, list[str]]:
         run_dir=folder,
         task=options.get("task"),
         task_options=options.get("task_options") or {},
+        model_options=_facts(options),
         rollout=rollout,
     ), rest
+
+
+def _facts(options: dict[str, Any]) -> dict[str, Any]:
+    """What a run's model, saved as its source was, does not know by itself."""
+    names = ["mask_id", "eos_ids"]
+    if options.get("model", "tiny") != "tiny":  # whose sizes stand in its own config
+        names += ["block_size", "max_length"]
+    given = options.get("model_options") or {}
+    return {name: given[name] for name in names if name in given}

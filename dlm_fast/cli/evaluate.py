@@ -62,6 +62,8 @@ class EvaluateOptions:
     """where the model runs"""
     dtype: str = "float32"
     """type of the weights"""
+    model_options: dict[str, Any] = field(default_factory=dict)
+    """further options of dlm_fast.load, such as mask_id or max_length"""
     answers: str | None = None
     """write every answer to this JSONL file, and the result with all options to a JSON file beside
     it; None: into the run's folder evaluations/, if MODEL is a run"""
@@ -157,7 +159,12 @@ def _options(chosen: ChosenModel, words: list[str]) -> EvaluateOptions:
     task = take_option(words, "--task")[0] or chosen.task or "sudoku"
     # options of the run's task mean nothing to another task
     kept = chosen.task_options if task == chosen.task else {}
-    default = EvaluateOptions(task=task, task_options=kept, rollout=chosen.rollout)
+    default = EvaluateOptions(
+        task=task,
+        task_options=kept,
+        rollout=chosen.rollout,
+        model_options=chosen.model_options,
+    )
     return parse(
         EvaluateOptions,
         words,
@@ -204,7 +211,12 @@ class _Work:
         examples = list(_first(self.task.load(options.data, options.split), options.num_examples))
         if not examples:
             raise ValueError("no examples to evaluate on: the file or the task gave an empty list")
-        policy = load(self.chosen.path, dtype=options.dtype, device=options.device)
+        policy = load(
+            self.chosen.path,
+            dtype=options.dtype,
+            device=options.device,
+            **options.model_options,
+        )
         limits = options.max_prompt_tokens, options.long_prompts
         prompts = PromptEncoder(policy, self.task, options.rollout.max_new_tokens, *limits)
         kept = prompts.keep(examples, options.data, "--data")

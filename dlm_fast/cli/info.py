@@ -68,7 +68,7 @@ def _about_model(argv: list[str]) -> int:
 
     model, words = choose_model(argv, "dlm-fast info")
     options = parse(InfoOptions, words, prog="dlm-fast info MODEL")
-    found = summarise(model.path)
+    found = summarise(model.path, **model.model_options)
     if options.json:
         write(json.dumps(found, indent=2))
         return 0

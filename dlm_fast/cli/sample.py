@@ -52,6 +52,8 @@ class SampleOptions:
     """where the model runs"""
     dtype: str = "float32"
     """type of the weights"""
+    model_options: dict[str, Any] = field(default_factory=dict)
+    """further options of dlm_fast.load, such as mask_id or max_length"""
     json: bool = False
     """print one JSON object per completion, for programs"""
 
@@ -80,7 +82,7 @@ def run(argv: list[str]) -> int:
         loaded = task.load(options.data, options.split)
         examples = [loaded[i] for i in range(min(options.num_examples, len(loaded)))]
         prompts = [task.prompt(example) for example in examples]
-    policy = load(chosen.path, dtype=options.dtype, device=options.device)
+    policy = load(chosen.path, dtype=options.dtype, device=options.device, **options.model_options)
     encoded = [policy.encode(prompt, chat=options.chat) for prompt in prompts]
     trajectories = sample(
         policy,
@@ -109,7 +111,12 @@ def _options(chosen: ChosenModel, words: list[str]) -> SampleOptions:
 
     task = take_option(words, "--task")[0] or chosen.task
     kept = chosen.task_options if task == chosen.task else {}
-    default = SampleOptions(task=task, task_options=kept, rollout=chosen.rollout)
+    default = SampleOptions(
+        task=task,
+        task_options=kept,
+        rollout=chosen.rollout,
+        model_options=chosen.model_options,
+    )
     return parse(
         SampleOptions,
         words,

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from family_directories import edit_config
 from family_directories import write_family_directory as write
 
 import dlm_fast
@@ -122,6 +123,26 @@ def test_commands_take_a_run_with_adapters(tmp_path, dream, train, capsys):
     capsys.readouterr()
     assert train("bgpo", dream, run, BGPO, "--lora.rank", "4", "--resume") != 0
     assert "lora.rank: 2 and 4" in capsys.readouterr().err
+
+
+def test_commands_know_what_a_run_was_told_of_its_model(tmp_path, dream, train, capsys):
+    """The model is saved with its source's config, which does not name the mask."""
+    edit_config(dream, without=("mask_token_id",))
+    run, data = tmp_path / "run", ["--data", str(tmp_path / "data.jsonl")]
+    told = ("--model-options.mask-id", "261", "--model-options.max-length", "600")
+    assert train("bgpo", dream, run, BGPO, *told) == 0
+    assert main(["sample", str(run), *data, "--num-examples", "1"]) == 0
+    assert main(["evaluate", str(run), *data, "--num-examples", "1"]) == 0
+    capsys.readouterr()
+    assert main(["info", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "261 <|mdm_mask|>" in out
+    assert "600" in out
+    settings = "--rollout.max-new-tokens 4 --rollout.block-size 4 --rollout.steps 4"
+    words = ["sample", str(dream), "hello", *settings.split()]
+    assert main(words) == 2
+    assert "pass mask_id=... to load" in capsys.readouterr().err
+    assert main([*words, "--model-options.mask-id", "261"]) == 0
 
 
 @pytest.mark.parametrize("model_type", ["Dream", "sdar", "llada"])
