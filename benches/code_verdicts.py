@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=default, help="folder of the JSON file")
     parser.add_argument("--count", type=int, default=200, help="verdicts of each kind")
     arguments = parser.parse_args()
+    load = os.getloadavg()[0]
     rows = [measure(kind, arguments.count) for kind in ANSWERS]
     for row in rows:
         print(row)
@@ -53,6 +54,7 @@ def main() -> None:
         "what": "wall-clock seconds of scoring a batch",
         "isolation": working_mode(),
         "cores": len(os.sched_getaffinity(0)),
+        "load_before": load,
         "versions": {"dlm_fast": dlm_fast.__version__, "python": platform.python_version()},
         "machine": {"system": platform.system(), "processor": platform.machine()},
         "rows": rows,

@@ -146,11 +146,11 @@ def _in_force(extension: ModuleType | None, cuda: Any) -> tuple[dict[str, str], 
 
 
 def _isolation() -> str:
-    from dlm_fast.tasks.sandbox.isolation import MEANING, SandboxError
+    from dlm_fast.tasks.sandbox.isolation import SandboxError, meaning
     from dlm_fast.tasks.sandbox.verdicts import working_mode
 
     try:
-        return MEANING[working_mode()]
+        return meaning(working_mode())
     except SandboxError as error:
         return f"none: {error}"
 

@@ -21,7 +21,7 @@ from .base import Example, Score, check_split, field_of, mean_details
 from .code_data import example_of, tests_of
 from .code_text import DONE, find_code, normal_code
 from .sandbox.child import Limits
-from .sandbox.isolation import MEANING, MODES
+from .sandbox.isolation import MODES, meaning
 from .sandbox.verdicts import (
     FunctionTests,
     Outcome,
@@ -92,8 +92,8 @@ class CodeConfig:
     workers: int = 0
     """completions tested at a time; 0: one per core this process may use"""
     isolation: Literal["auto", "bubblewrap", "namespaces", "user", "process"] = "auto"
-    """auto: the strongest that works here (`dlm-fast info` names it); the last two do not keep a
-    snippet from files and network"""
+    """auto: the strongest that works here (`dlm-fast info` names it); the last two leave ways to
+    files and network"""
     columns: dict[str, str] = field(default_factory=dict)
     """columns of a data file that hold question, tests and the further fields, where it names
     them otherwise than the usual sets do"""
@@ -229,7 +229,7 @@ class Code:
     def _mode(self) -> str:
         mode = working_mode(self.config.isolation)
         if mode in ("user", "process"):
-            log.warning("the sandbox for code is weak here (%s)", MEANING[mode])
+            log.warning("the sandbox for code is weak here (%s)", meaning(mode))
         return mode
 
     @cached_property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import sys
 import warnings
 from collections.abc import Mapping
 from functools import lru_cache
@@ -54,8 +55,9 @@ def tests_of(example: Example) -> FunctionTests | ProgramTests:
     if all(isinstance(test, str) for test in tests):
         setup = _text(example, "setup")
         texts, entry = list(tests), _text(example, "entry_point")
-        _check_python([setup, *texts])
         names = stubs(prefix) | ({entry} if entry else set())
+        imports = "".join(f"import {name}\n" for name in _library_names([setup, *texts]))
+        setup = imports + setup
         return FunctionTests(tests=texts, setup=setup, prefix=prefix, open_names=sorted(names))
     pairs = [_pair(test) for test in tests]
     return ProgramTests(
@@ -167,19 +169,33 @@ def _complete_humaneval(example: dict[str, Any]) -> None:
             example["solution"] = example["question"] + example["solution"]
 
 
-def _check_python(texts: list[str]) -> None:
-    for text in texts:
-        _parse(text)
+def _library_names(texts: list[str]) -> list[str]:
+    """Modules of the standard library that tests use as `math.isclose` without importing them.
+
+    They must be Python's. Left to the snippet, whose import they were written to count on, it could
+    bring an `isclose` of its own.
+    """
+    uses = [_names_in(text) for text in texts]
+    bases = frozenset().union(*(bases for bases, _ in uses))
+    others = frozenset().union(*(others for _, others in uses))
+    return sorted((bases & sys.stdlib_module_names) - others)
 
 
 @lru_cache(maxsize=4096)
-def _parse(text: str) -> None:
+def _names_in(text: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of a test that attributes are asked of, and names that stand for something else."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ast.parse(text)
+            nodes = list(ast.walk(ast.parse(text)))
     except (SyntaxError, ValueError, RecursionError) as error:
         raise ValueError(f"a test is not valid Python ({error}): {shorten(text)}") from None
+    bases = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    return (
+        frozenset(node.id for node in names if id(node) in bases),
+        frozenset(node.id for node in names if id(node) not in bases),
+    )
 
 
 def _pair(test: Any) -> tuple[str, str]:

@@ -73,6 +73,17 @@ def test_functions_of_the_prompt_are_the_tests_own(tmp_path):
     assert not task.score(fenced(cheat), example).correct
 
 
+def test_the_library_in_the_tests_is_pythons():
+    example = {"question": "Root.", "tests": ["assert math.isclose(root(4), 2.0)"]}
+    task = tasks.get("code")
+    assert task.score(fenced("import math\nroot = math.sqrt"), example).correct
+    cheat = "class math: isclose = lambda *_: True\ndef root(x): return 0.0"
+    assert not task.score(fenced(cheat), example).correct
+    # a function of the snippet's may have the name of a module
+    example = {"question": "Queue.", "tests": ["assert queue(2) == [0, 1]"]}
+    assert task.score(fenced("def queue(n): return list(range(n))"), example).correct
+
+
 def test_emptying_an_argument_wins_nothing():
     example = {"question": "Sort.", "tests": ["v = [2, 1]\nassert order(v) == sorted(v)"]}
     cheat = "def order(v):\n    v.clear()\n    return []"

@@ -1,4 +1,4 @@
-"""The sandbox: each kind of isolation, what a snippet sees of the machine, broken surroundings."""
+"""The sandbox: verdicts in each isolation, hostile programs, broken surroundings, cleaning up."""
 
 import os
 import signal
@@ -10,53 +10,25 @@ import time
 
 import pytest
 from hostile_snippets import SNIPPETS
+from sandbox_help import ADD, LIMITS, SHORT, mode_or_skip, passed, processes_of
 
 from dlm_fast import tasks
 from dlm_fast.cli.info import facts
 from dlm_fast.tasks.sandbox import child, isolation, leftovers
-from dlm_fast.tasks.sandbox.child import Limits
 from dlm_fast.tasks.sandbox.isolation import SandboxError
 from dlm_fast.tasks.sandbox.verdicts import (
-    FunctionTests,
     ProgramTests,
     check_functions,
     check_programs,
     working_mode,
 )
 
-LIMITS = Limits(
-    seconds=20, total_seconds=60, memory_bytes=1 << 29, disk_bytes=1 << 22, processes=16,
-    output_bytes=1 << 20,
-)  # fmt: skip
-SHORT = Limits(**(vars(LIMITS) | {"seconds": 1}))
-ADD = FunctionTests(tests=["assert add(1, 2) == 3", "assert add(5, -9) == -4"])
 SUM = ProgramTests(inputs=["1 2", "5 -9"], outputs=["3", "-4\n"])
-SHUT_OFF = ("bubblewrap", "namespaces")
-
-
-def mode_or_skip(wanted="auto"):
-    try:
-        return working_mode(wanted)
-    except SandboxError as error:
-        pytest.skip(f"no isolation {wanted} here: {error}")
 
 
 @pytest.fixture(params=isolation.MODES)
 def mode(request):
     return mode_or_skip(request.param)
-
-
-def passed(outcomes):
-    return [outcome.passed for outcome in outcomes]
-
-
-def value_of(expression, mode, body="", **limits):
-    """Whether an expression holds inside, as a snippet sees it."""
-    source = f"import os, sys\ndef look():\n    return bool({expression})\n{body}"
-    tests = FunctionTests(tests=["assert look()"])
-    [outcome] = check_functions(source, tests, Limits(**(vars(LIMITS) | limits)), mode)
-    assert outcome.passed or outcome.reason.startswith("AssertionError"), outcome
-    return outcome.passed
 
 
 def test_right_and_wrong_in_every_isolation(mode):
@@ -81,98 +53,8 @@ def test_the_weakest_isolation_cleans_up_too(name, tmp_path, monkeypatch):
     mode = mode_or_skip("process")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert passed(check_functions(SNIPPETS[name], ADD, SHORT, mode)) == [False, False]
-    mark = f"{leftovers.MARK}={os.getpid()}-".encode()
-    assert not [p for p in leftovers._processes() if mark in leftovers._environment(p)]
+    assert not processes_of(os.getpid())
     assert not list(tmp_path.iterdir())
-
-
-def test_what_a_snippet_sees(mode, monkeypatch):
-    monkeypatch.setenv("SECRET", "abc")
-    assert value_of("'SECRET' not in os.environ", mode)
-    assert value_of("os.listdir('.') == [] and os.getcwd() == os.environ['HOME']", mode)
-    assert value_of("open('file', 'w').write('x')", mode)
-    assert value_of("os.path.samefile(os.readlink('file'), '/dev/null')", mode, LINK)
-    assert value_of("not {'torch', 'dlm_fast', 'numpy'} & set(sys.modules)", mode)
-    assert value_of("sys.stdin.read() == ''", mode)
-    assert value_of("sys.flags.isolated and sys.flags.no_site", mode)
-
-
-LINK = "os.symlink('/dev/null', 'file')"
-
-
-def test_the_shut_off_modes_show_nothing_of_the_machine(tmp_path):
-    mode = mode_or_skip()
-    if mode not in SHUT_OFF:
-        pytest.skip(f"isolation {mode} leaves files and processes in sight")
-    secret = tmp_path / "secret"
-    secret.write_text("x")
-    assert value_of(f"not os.path.exists({str(secret)!r})", mode)
-    assert value_of(f"not os.path.exists({__file__!r})", mode)
-    assert value_of("not os.path.exists('/proc/1') and not os.path.exists('/etc/passwd')", mode)
-    assert value_of("os.getuid() == 1000", mode)
-    for path in ("/", "/usr", sys.base_prefix, "/dev"):
-        assert value_of(f"not os.access({path!r}, os.W_OK)", mode)
-        body = "def fails(path):\n    try: os.mkdir(path + '/x')\n    except OSError: return True"
-        assert value_of(f"fails({path!r})", mode, body)
-    body = """
-import ctypes
-def fails():
-    libc = ctypes.CDLL(None)
-    return all((libc.unshare(0x10000000) or libc.unshare(0x20000), libc.mount(b'none', b'/tmp',
-        b'tmpfs', 0, None), libc.umount2(b'/tmp', 2), libc.sethostname(b'x', 1)))
-"""
-    assert value_of("fails()", mode, body)
-    body = "import socket\ndef names(): return [name for _, name in socket.if_nameindex()]"
-    assert value_of("names() in ([], ['lo'])", mode, body)
-
-
-def test_limits_hold(mode):
-    body = (
-        "def fails(f, *args):\n    try: f(*args)\n    except (MemoryError, OSError): return True\n"
-    )
-    assert value_of("fails(bytearray, 10**9)", mode, body)
-    body += "def fill():\n    with open('f', 'wb') as file: file.write(bytes(10**7))\n"
-    body += "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    assert value_of("fails(fill)", mode, body)
-    body += "def files(): return [open('f' + str(i), 'w') for i in range(300)]\n"
-    assert value_of("fails(files)", mode, body)
-    assert value_of("__import__('resource').getrlimit(4) == (0, 0)", mode)
-
-
-def test_the_scratch_disk_is_bounded_as_a_whole():
-    mode = mode_or_skip()
-    if mode not in SHUT_OFF:
-        pytest.skip(f"isolation {mode} bounds single files alone")
-    body = """
-def total():
-    count = 0
-    try:
-        while count < 64:
-            with open(f'f{count}', 'wb') as file: file.write(bytes(1 << 20))
-            count += 1
-    except OSError: pass
-    return count
-"""
-    assert value_of("total() < 8", mode, body)
-
-
-def test_the_number_of_processes_is_bounded():
-    mode = mode_or_skip()
-    if mode == "process" or (mode == "bubblewrap" and os.geteuid() == 0):
-        pytest.skip("processes of this user are not counted here")
-    body = """
-def forks():
-    count = 0
-    try:
-        while count < 500:
-            if os.fork() == 0:
-                import time
-                time.sleep(60)
-            count += 1
-    except OSError: pass
-    return count
-"""
-    assert value_of("4 <= forks() <= 16", mode, body)
 
 
 PROGRAMS = ("exit", "endless loop", "endless output", "a daemon", "fork bomb", "invalid UTF-8",
@@ -221,16 +103,12 @@ def test_the_sandbox_ends_with_the_trainer():
         [sys.executable, "-c", TRAINER, mode], stdout=subprocess.PIPE, env=dict(os.environ)
     )
     assert trainer.stdout.readline() == b"start\n"
-    mark = f"{leftovers.MARK}={trainer.pid}-".encode()
-
-    def running():
-        return [p for p in leftovers._processes() if mark in leftovers._environment(p)]
 
     def wait_for(wanted):
         deadline = time.monotonic() + 60
-        while bool(running()) != wanted and time.monotonic() < deadline:
+        while bool(processes_of(trainer.pid)) != wanted and time.monotonic() < deadline:
             time.sleep(0.01)
-        return bool(running()) == wanted
+        return bool(processes_of(trainer.pid)) == wanted
 
     assert wait_for(True)
     trainer.send_signal(signal.SIGKILL)
@@ -300,42 +178,7 @@ def test_no_working_isolation_is_named(monkeypatch):
 
 def test_info_says_which_isolation_is_in_force():
     line = facts()["in force"]["isolation of code"]
-    assert line == isolation.MEANING[mode_or_skip()]
-
-
-def test_bubblewraps_command_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(isolation, "bubblewrap", lambda: "/usr/bin/bwrap")
-    link = tmp_path / "link"
-    link.symlink_to("target")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    words = isolation.bubblewrap_options((str(link), str(folder)), 1 << 20)
-    pairs = list(zip(words, words[1:], words[2:], strict=False))
-    assert {"--unshare-all", "--die-with-parent", "--new-session"} <= set(words)
-    assert ("--symlink", "target", str(link)) in pairs
-    assert ("--ro-bind", str(folder), str(folder)) in pairs
-    assert ("--size", str(1 << 20), "--tmpfs") in pairs
-    # a path below the scratch disk must be laid over it, and all of it locked at the end
-    assert words.index("--tmpfs") < words.index("--ro-bind") < words.index("--remount-ro")
-    assert "--bind" not in words
-    command = isolation.command("bubblewrap", 1 << 20)
-    assert command[0] == "/usr/bin/bwrap"
-    python = command[command.index("--") + 1 :]
-    assert python[:3] == [os.path.realpath(sys.executable), "-I", "-S"]
-    monkeypatch.setattr(isolation, "bubblewrap", lambda: None)
-    with pytest.raises(SandboxError, match="no bwrap"):
-        isolation.command("bubblewrap", 1)
-
-
-def test_candidates_by_user(monkeypatch):
-    monkeypatch.setattr(isolation, "bubblewrap", lambda: "bwrap")
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert isolation.candidates() == ["bubblewrap", "namespaces", "process"]
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert isolation.candidates() == ["namespaces", "bubblewrap", "user", "process"]
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert isolation.candidates() == []
+    assert line == isolation.meaning(mode_or_skip())
 
 
 def test_trees_are_removed_whatever_they_are(tmp_path):

@@ -6,33 +6,9 @@ import tempfile
 
 import pytest
 from hostile_snippets import NEEDLE, SNIPPETS
+from sandbox_help import ADD, SHORT, mode_or_skip, processes_of
 
-from dlm_fast.tasks.sandbox import leftovers
-from dlm_fast.tasks.sandbox.child import Limits
-from dlm_fast.tasks.sandbox.isolation import SandboxError
-from dlm_fast.tasks.sandbox.verdicts import (
-    FunctionTests,
-    check_functions,
-    working_mode,
-)
-
-LIMITS = Limits(
-    seconds=1, total_seconds=20, memory_bytes=1 << 29, disk_bytes=1 << 22, processes=16,
-    output_bytes=1 << 20,
-)  # fmt: skip
-ADD = FunctionTests(tests=["assert add(1, 2) == 3", "assert add(5, -9) == -4"])
-
-
-def mode_or_skip(wanted="auto"):
-    try:
-        return working_mode(wanted)
-    except SandboxError as error:
-        pytest.skip(str(error))
-
-
-def marked_processes():
-    mark = f"{leftovers.MARK}={os.getpid()}-".encode()
-    return [pid for pid in leftovers._processes() if mark in leftovers._environment(pid)]
+from dlm_fast.tasks.sandbox.verdicts import check_functions
 
 
 @pytest.fixture
@@ -42,7 +18,7 @@ def nothing_is_left(tmp_path, monkeypatch):
     mode_or_skip()
     before = len(os.listdir("/proc/self/fd"))
     yield
-    assert not marked_processes()
+    assert not processes_of(os.getpid())
     assert not list(tmp_path.iterdir())
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -57,5 +33,5 @@ def port():
 @pytest.mark.parametrize("name", SNIPPETS)
 def test_a_hostile_snippet_fails_every_test(name, nothing_is_left, port):
     source = SNIPPETS[name].replace("PORT", str(port)).replace("NEEDLE", NEEDLE)
-    outcomes = check_functions(source, ADD, LIMITS, mode_or_skip(), stop_at_failure=False)
+    outcomes = check_functions(source, ADD, SHORT, mode_or_skip(), stop_at_failure=False)
     assert [outcome.passed for outcome in outcomes] == [False, False], outcomes

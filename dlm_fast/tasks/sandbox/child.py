@@ -145,6 +145,7 @@ class Child:
             "parent": os.getpid(),
             "user": self._user,
             "disk_bytes": limits.disk_bytes,
+            "home": isolation.HOME,
             "visible": list(isolation.visible_paths()),
         }
         opened: list[int] = []
@@ -175,7 +176,7 @@ class Child:
                 os.close(fd)
 
     def _environment(self) -> dict[str, str]:
-        home = self._folder or "/tmp"
+        home = self._folder or isolation.HOME
         return {
             "PATH": "/usr/bin:/bin",
             "HOME": home,

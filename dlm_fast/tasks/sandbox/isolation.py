@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
 
+from .inside import landlock
+
 MODES = ("bubblewrap", "namespaces", "user", "process")
-MEANING = {
-    "bubblewrap": "bubblewrap: own file system, processes and no network",
-    "namespaces": "namespaces: own file system, processes and no network",
-    "user": "user: an unused user id and resource limits; network and readable files are open",
-    "process": "process: resource limits alone; network, files and processes of this user are open",
+_SHUT_OFF = "own file system, processes and no network"
+_MEANING = {
+    "bubblewrap": f"bubblewrap: {_SHUT_OFF}",
+    "namespaces": f"namespaces: {_SHUT_OFF}",
+    "user": "user: an unused user id and resource limits",
+    "process": "process: resource limits",
 }
 # Above what distributions give to people and services.
 FIRST_USER, LAST_USER = 61_184, 65_519
 INSIDE = Path(__file__).resolve().parent
 SANDBOX_FOLDER = "/sandbox"
+SCRATCH = "/tmp"
+HOME = f"{SCRATCH}/home"
+"""the working directory inside, where the file system is the sandbox's own"""
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/nix/store")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _START = "import sys; sys.path.append({folder!r}); from inside.start import main; main()"
@@ -26,6 +33,20 @@ _START = "import sys; sys.path.append({folder!r}); from inside.start import main
 
 class SandboxError(RuntimeError):
     """The sandbox or the tests do not work: no verdict was made, and none is to be assumed."""
+
+
+def meaning(mode: str) -> str:
+    """What a mode keeps a snippet from, on this machine, in a line."""
+    text = _MEANING[mode]
+    if mode not in ("user", "process"):
+        return text
+    version = landlock.version()
+    if version >= landlock.SCOPE_VERSION:
+        return f"{text}; Landlock {version} keeps it from files, other processes and TCP"
+    if version:
+        tcp = " and TCP" if version >= landlock.TCP_VERSION else ""
+        return f"{text}; Landlock {version} keeps it from files{tcp}"
+    return f"{text} alone: files and network are open to it"
 
 
 def candidates() -> list[str]:
@@ -42,6 +63,13 @@ def candidates() -> list[str]:
 def bubblewrap() -> str | None:
     """The path of bubblewrap, or None."""
     return shutil.which("bwrap")
+
+
+@lru_cache(maxsize=4)
+def _can_lock_namespaces(binary: str) -> bool:
+    """Whether this bubblewrap (0.8) can forbid further user namespaces inside."""
+    found = subprocess.run([binary, "--help"], capture_output=True, text=True, check=False)
+    return "--disable-userns" in found.stdout + found.stderr
 
 
 @lru_cache(maxsize=1)
@@ -65,8 +93,10 @@ def command(mode: str, disk_bytes: int) -> list[str]:
     binary = bubblewrap()
     if binary is None:
         raise SandboxError("isolation bubblewrap was asked for, but there is no bwrap on the PATH")
+    lock = ["--unshare-user", "--disable-userns"] if _can_lock_namespaces(binary) else []
     return [
         binary,
+        *lock,
         *bubblewrap_options(visible_paths(), disk_bytes),
         *("--", *python, _START.format(folder=SANDBOX_FOLDER)),
     ]
@@ -77,7 +107,7 @@ def bubblewrap_options(paths: tuple[str, ...], disk_bytes: int) -> list[str]:
     options = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     options += ["--uid", "1000", "--gid", "1000", "--hostname", "sandbox"]
     # Before the paths, of which one may lie under /tmp.
-    options += ["--size", str(disk_bytes), "--tmpfs", "/tmp"]
+    options += ["--size", str(disk_bytes), "--tmpfs", SCRATCH]
     for path in paths:
         if os.path.islink(path):
             options += ["--symlink", os.readlink(path), path]
@@ -86,4 +116,4 @@ def bubblewrap_options(paths: tuple[str, ...], disk_bytes: int) -> list[str]:
     for device in _DEVICES:
         options += ["--dev-bind-try", device, device]
     options += ["--ro-bind", str(INSIDE / "inside"), f"{SANDBOX_FOLDER}/inside"]
-    return [*options, "--remount-ro", "/", "--chdir", "/tmp"]
+    return [*options, "--dir", HOME, "--remount-ro", "/", "--chdir", HOME]

@@ -22,6 +22,23 @@ from .isolation import SandboxError
 _READ = 1 << 16
 
 
+class _Clock:
+    """The time of one snippet: what its tests take, without the start of processes."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.left = limits.total_seconds
+        self._seconds = limits.seconds
+
+    @contextlib.contextmanager
+    def test(self) -> Iterator[float]:
+        """The deadline of a test that begins now."""
+        begun = time.monotonic()
+        try:
+            yield begun + min(self._seconds, self.left)
+        finally:
+            self.left -= time.monotonic() - begun
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one test."""
@@ -61,16 +78,16 @@ def check_functions(
     source: str, tests: FunctionTests, limits: Limits, mode: str, *, stop_at_failure: bool = True
 ) -> list[Outcome]:
     """One outcome per test. SandboxError if the tests themselves cannot run."""
-    deadline = time.monotonic() + limits.total_seconds
+    clock = _Clock(limits)
     outcomes: list[Outcome] = []
 
     def done() -> bool:
         stop = stop_at_failure and not all(outcome.passed for outcome in outcomes)
-        return stop or len(outcomes) == len(tests.tests) or time.monotonic() >= deadline
+        return stop or len(outcomes) == len(tests.tests) or clock.left <= 0
 
     while not done():
         # Each round settles at least one test: a snippet that hangs or leaves gets a new process.
-        for outcome in _session(source, tests, len(outcomes), limits, mode, deadline):
+        for outcome in _session(source, tests, len(outcomes), limits, mode, clock):
             outcomes.append(outcome)
             if done():
                 break
@@ -82,14 +99,14 @@ def check_programs(
     source: str, tests: ProgramTests, limits: Limits, mode: str, *, stop_at_failure: bool = True
 ) -> list[Outcome]:
     """One outcome per test, each from a process of its own."""
-    deadline = time.monotonic() + limits.total_seconds
+    clock = _Clock(limits)
     outcomes: list[Outcome] = []
     for given, wanted in zip(tests.inputs, tests.outputs, strict=True):
         stop = stop_at_failure and not all(outcome.passed for outcome in outcomes)
-        if stop or time.monotonic() >= deadline:
+        if stop or clock.left <= 0:
             outcomes.append(Outcome(False, "not run"))
             continue
-        outcomes.append(_run_program(source, tests.prefix, given, wanted, limits, mode, deadline))
+        outcomes.append(_run_program(source, tests.prefix, given, wanted, limits, mode, clock))
     return outcomes
 
 
@@ -120,7 +137,7 @@ def working_mode(wanted: str = "auto") -> str:
 
 
 def _session(
-    source: str, tests: FunctionTests, first: int, limits: Limits, mode: str, deadline: float
+    source: str, tests: FunctionTests, first: int, limits: Limits, mode: str, clock: _Clock
 ) -> Iterator[Outcome]:
     """Outcomes from test `first` on, until the processes of this session are of no more use."""
     rest = list(tests.tests[first:])
@@ -143,13 +160,13 @@ def _session(
             judge = stack.enter_context(Child(tests_spec, mode, limits, link=ends[1]))
         snippet.await_ready()
         judge.await_ready()
-        verdict = _next_verdict(judge, limits, deadline)
+        verdict = _next_verdict(judge, clock)
         if verdict != "loaded":
             reason = verdict.removeprefix("lost ").removeprefix("fail ")
             yield from [Outcome(False, reason)] * len(rest)
             return
         for number in range(len(rest)):
-            verdict = _next_verdict(judge, limits, deadline)
+            verdict = _next_verdict(judge, clock)
             if verdict == _GONE and number > 0:
                 return  # it left with the snippet's process, after its last verdict
             yield Outcome(verdict == "pass", verdict.removeprefix("pass").removeprefix("fail "))
@@ -160,9 +177,10 @@ def _session(
 _TOO_LONG, _GONE = "fail time limit", "fail a process has ended"
 
 
-def _next_verdict(judge: Child, limits: Limits, deadline: float) -> str:
+def _next_verdict(judge: Child, clock: _Clock) -> str:
     try:
-        line = judge.reports.next(min(time.monotonic() + limits.seconds, deadline))
+        with clock.test() as deadline:
+            line = judge.reports.next(deadline)
     except TimeoutError:
         return _TOO_LONG
     if line is None:
@@ -183,7 +201,7 @@ def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
 
 
 def _run_program(
-    source: str, prefix: str, given: str, wanted: str, limits: Limits, mode: str, deadline: float
+    source: str, prefix: str, given: str, wanted: str, limits: Limits, mode: str, clock: _Clock
 ) -> Outcome:
     spec = {
         "role": "program",
@@ -197,8 +215,8 @@ def _run_program(
         output, stdout = _pipe(stack)
         child = stack.enter_context(Child(spec, mode, limits, stdin=stdin, stdout=stdout))
         child.await_ready()
-        until = min(time.monotonic() + limits.seconds, deadline)
-        printed = _read_output(child, output, limits.output_bytes, until)
+        with clock.test() as deadline:
+            printed = _read_output(child, output, limits.output_bytes, deadline)
         if isinstance(printed, str):
             return Outcome(False, printed)
         status = child.process.returncode

@@ -6,9 +6,8 @@ Modes, from the strongest:
                  with the interpreter read-only and a small scratch disk, no network, no other
                  process in sight; when its first process ends, the kernel ends all of them
     bubblewrap   the same made by bubblewrap before this process started
-    user         an unused user id (needs root): foreign processes and files are out of reach as
-                 far as file permissions go
-    process      resource limits alone
+    user         an unused user id (needs root), and Landlock where the kernel has it
+    process      Landlock where the kernel has it; else resource limits alone
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ import resource
 import select
 import signal
 from typing import Any
+
+from . import landlock
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -43,8 +44,8 @@ class _MountAttributes(ctypes.Structure):
 def isolate(spec: dict[str, Any]) -> None:
     """Returns where the rest may run, in mode namespaces in a grandchild; OSError if it cannot be.
 
-    `spec` has mode, parent (process id), limits, disk_bytes, visible (paths), and in mode user the
-    user id.
+    `spec` has mode, parent (process id), user (an unused user id), limits, disk_bytes, home (a
+    folder to make on the scratch disk) and visible (paths).
     """
     die_with_parent(spec["parent"] if spec["mode"] != "bubblewrap" else None)
     _prefer_to_be_killed()
@@ -58,6 +59,9 @@ def isolate(spec: dict[str, Any]) -> None:
         os.setresuid(spec["user"], spec["user"], spec["user"])
         die_with_parent(spec["parent"])  # forgotten when the user changes
     _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    if spec["mode"] in ("user", "process"):
+        # Before the limits: the rules are open files for a moment.
+        landlock.restrict(spec["visible"], list(DEVICES), os.getcwd())
     limit(spec["limits"])
 
 
@@ -179,7 +183,8 @@ def _build_root(sources: list[tuple[str, int]], spec: dict[str, Any]) -> None:
     os.chdir(root)
     _check(_libc.pivot_root(b".", b"."), "pivot_root")
     _check(_libc.umount2(b".", MNT_DETACH), "umount")
-    os.chdir("/tmp")
+    os.mkdir(spec["home"])
+    os.chdir(spec["home"])
 
 
 def _show(target: str, fd: int) -> None:
@@ -220,6 +225,7 @@ def _become_first_process() -> None:
     child = os.fork()
     if child:
         os.closerange(0, theirs)
+        os.closerange(theirs + 1, 1 << 16)
         status = os.waitpid(child, 0)[1]
         os._exit(os.waitstatus_to_exitcode(status) % 256)
     os.close(theirs)
