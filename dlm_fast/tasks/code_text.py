@@ -39,21 +39,23 @@ def normal_code(code: str) -> str:
 
 
 def _blocks(text: str) -> list[tuple[str, str]]:
-    """(language, content) of each fenced block."""
+    """(language, content) of each fenced block, without the indentation of its fence."""
     blocks: list[tuple[str, str]] = []
-    fence, language = "", ""
+    fence, language, indent = "", "", ""
     lines: list[str] = []
     for line in text.splitlines(keepends=True):
         bare = line.strip()
         if not fence:
             if bare.startswith("```"):
                 fence = "`" * (len(bare) - len(bare.lstrip("`")))
-                language, lines = bare.lstrip("`").strip().lower(), []
-        elif bare == fence:
+                words = bare.lstrip("`").split()
+                language, lines = words[0].lower() if words else "", []
+                indent = line[: len(line) - len(line.lstrip())]
+        elif bare.startswith(fence) and not bare.strip("`"):
             blocks.append((language, "".join(lines)))
             fence = ""
         else:
-            lines.append(line)
+            lines.append(line.removeprefix(indent))
     if fence:
         blocks.append((language, "".join(lines)))
     return blocks

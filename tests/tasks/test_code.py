@@ -143,6 +143,7 @@ def test_all_tests_together_have_a_time_limit():
         ("```\ndef f(x): return x * x\n```", True),
         ("```Python\ndef f(x): return x * x\n", True),
         ("````py\ndef f(x): return x * x\n````\n```\noutput\n```", True),
+        ("1. So:\n   ```python title=f.py\n   def f(x):\n     return x * x\n   ```", True),
         ("```python\nwrong\n```\n```python\ndef f(x): return x * x\n```", True),
         ("```python\ndef f(x): return x * x\n```<|eot_id|>```python\nwrong\n```", True),
         ("def f(x): return x * x", False),

@@ -42,7 +42,8 @@ def test_plain_values_arrive_as_they_are(value):
     [
         -(2**4000), 2**63, -1, True, 1.5, float("inf"), 2 - 3j, "\ud800\x00ä", b"\x00\xff",
         bytearray(b"ab"), frozenset({1, (2,)}), {(1, "a"): {2: [None]}}, range(3, -4, -2), ...,
-        len, int, sorted, decimal.Decimal("1.10"), fractions.Fraction(-3, 7),
+        list(range(-50, 50)), tuple(map(float, range(9))), set(range(20)), [2**63] * 9, [True] * 9,
+        [0.5, 1] * 9, len, int, sorted, decimal.Decimal("1.10"), fractions.Fraction(-3, 7),
     ],
 )  # fmt: skip
 def test_further_values(value):
@@ -175,6 +176,23 @@ def test_calls_errors_and_callbacks():
         assert not link.broken
 
 
+def test_an_end_of_iteration_ends_no_iteration_of_the_tests():
+    def stop(value):
+        raise StopIteration
+
+    def numbers():
+        yield 1
+
+    with ends({"stop": stop, "numbers": numbers}) as (link, get):
+        with pytest.raises(RuntimeError, match="StopIteration out of a call"):
+            assert list(map(get("stop"), [1, 2])) != []
+        generator = get("numbers")()
+        assert next(generator) == 1
+        with pytest.raises(StopIteration):
+            next(generator)
+        assert link.raised is not None
+
+
 def test_only_functions_that_give_none_change_their_arguments():
     def sort(values):
         values.sort()
@@ -214,6 +232,12 @@ def test_objects_stay_where_they_are_and_compare_by_identity():
         def __len__(self):
             return 2
 
+        def __contains__(self, value):
+            return True
+
+        def __iter__(self):
+            return iter([7, 8])
+
         def __getitem__(self, key):
             return key * 2
 
@@ -223,7 +247,7 @@ def test_objects_stay_where_they_are_and_compare_by_identity():
     with ends({"give": give, "Equal": Equal, "queue": collections.deque([1, 2])}) as (_, get):
         thing = get("give")()
         assert isinstance(thing, Remote)
-        assert [thing != 0, thing == 0] == [True, False]
+        assert [thing != 0, thing == 0, 9 in thing, 8 in thing] == [True, False, False, True]
         assert get("Equal")(7).value == 7
         thing.value = [1]
         assert thing.value == [1]

