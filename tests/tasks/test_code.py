@@ -2,12 +2,16 @@
 
 import csv
 import json
+import threading
+import time
 
 import pytest
 from code_problems import HUMANEVAL, MBPP, PROGRAMS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dlm_fast import tasks
-from dlm_fast.tasks import code
+from dlm_fast.tasks import code, code_text
 from dlm_fast.tasks.sandbox.isolation import SandboxError
 from dlm_fast.tasks.sandbox.verdicts import working_mode
 
@@ -297,3 +301,59 @@ def test_tests_that_no_program_could_pass_are_a_failure_of_the_checker():
     [score] = tasks.score_batch(tasks.get("code"), [fenced("import missing")], [TWO_OF_THREE])
     assert "checker_error" not in score.detail
     assert "missing" in score.detail["reason"]
+
+
+@given(
+    text=st.lists(st.sampled_from(["```", "````", "python", "py", "\n", " ", "x = 1", "[DONE]"]))
+)
+@settings(max_examples=300)
+def test_any_text_has_a_program_or_none(text):
+    for unfenced in (False, True):
+        found = code_text.find_code("".join(text), unfenced=unfenced)
+        assert found is None or found.strip()
+
+
+@pytest.mark.parametrize("piece", ["```\n", "```python\n", "`", "```py\nx\n```\n", " \n", "[DONE]"])
+def test_a_megabyte_is_read_in_one_pass(piece):
+    text = piece * (1_000_000 // len(piece))
+    begun = time.process_time()
+    code_text.find_code(text, unfenced=True)
+    assert time.process_time() - begun < 20
+
+
+def test_as_many_at_a_time_as_there_are_workers(monkeypatch):
+    running, most = set(), []
+
+    def check(source, *_, **__):
+        running.add(source)
+        most.append(len(running))
+        time.sleep(0.01)
+        running.discard(source)
+        return [code.Outcome(True)]
+
+    monkeypatch.setattr(code, "check_functions", check)
+    task = tasks.get("code", workers=2)
+    programs = [fenced(f"x = {number}") for number in range(12)]
+
+    def score_all():
+        assert all(score.correct for score in task.score_many(programs, [TWO_OF_THREE] * 12))
+
+    threads = [threading.Thread(target=score_all) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 36
+    assert max(most) <= 2
+
+
+def test_a_weak_isolation_is_said(caplog):
+    try:
+        working_mode("process")
+    except SandboxError as error:
+        pytest.skip(str(error))
+    score = tasks.get("code", isolation="process").score(
+        fenced("def f(x): return x * x"), TWO_OF_THREE
+    )
+    assert score.correct
+    assert "the sandbox for code is weak here (process: resource limits" in caplog.text
