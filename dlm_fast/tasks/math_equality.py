@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from .math_numbers import same_collection, value_in_words, values
-from .math_text import clean, normal
+from .math_text import WORDS, clean, normal
 from .worker_pool import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ MOST_WORKERS = 8
 
 # 52_8: digits in a base, which math-verify compares without their base.
 _IN_BASE = re.compile(r"-?[0-9][0-9a-zA-Z]*_(?:[0-9]|\{[0-9]+\})")
-_WORDS = re.compile(r"[a-zA-Z][a-zA-Z'.\- ]+")
+# Letters without \\text may be variables, but hardly so many in a row.
+_LONG_WORD = re.compile(r"[a-zA-Z]{4}")
 # Behind these bounds an answer is not worth a worker's time: no answer of a data set is near them.
 MAX_NESTING = 24
 MAX_POWERS = 24
@@ -134,10 +135,16 @@ def plain_verdict(answer: str, reference: str) -> Verdict | None:
         return Verdict(same, "number")
     if _IN_BASE.fullmatch(text) or _IN_BASE.fullmatch(normal(answer)):
         return Verdict(False, "text")
-    if _WORDS.fullmatch(text) or (len(text) == 1 and text.isalpha()):
+    if _is_name(reference, text):
         # Words would be read as products of letters, equal in any order.
         return Verdict(False, "text")
     return Verdict(False, "refused") if _beyond_bounds(answer) else None
+
+
+def _is_name(reference: str, text: str) -> bool:
+    r"""Whether a reference is a word, or the letter of a choice, and no product of variables."""
+    marked = r"\text" in clean(reference) or bool(_LONG_WORD.search(text))
+    return bool(WORDS.fullmatch(text) and marked) or (len(text) == 1 and text.isalpha())
 
 
 def math_verify_is_installed() -> bool:

@@ -65,7 +65,7 @@ _MATRICES = re.compile(r"\{[bvpBV]matrix\}|\{smallmatrix\}")
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 # Of an answer's end; what stands before it is the value.
 _UNIT_TEXT = re.compile(
-    r"(?<=\S)\s*\\text\s*\{[^{}]*(?:\}|$)\s*(?:\^\s*(?:\{\s*[0-9]\s*\}|[0-9]))?$"
+    r"(?<=[^\s=,(\[]) ?\\text ?\{[^{}]*(?:\}|$) ?(?:\^ ?(?:\{ ?[0-9] ?\}|[0-9]))? ?(?:\\?%)?$"
 )
 _POWER = r"(?:\^ ?(?:\{ ?[0-9] ?\}|[0-9]))?"
 _TAIL = re.compile(rf"(?<=[0-9}})\]])( ?)([a-zA-Z][a-zA-Z' /-]*?){_POWER}$")
@@ -90,10 +90,11 @@ _LOOSE_FRACTION = re.compile(r"\\frac([0-9a-zA-Z])([0-9a-zA-Z])")
 _LOOSE_TOP = re.compile(r"\\frac([0-9a-zA-Z])(?=\{)")
 _LOOSE_BOTTOM = re.compile(r"(\\frac\{[^{}]*\})([0-9a-zA-Z])")
 _LOOSE_ROOT = re.compile(r"\\sqrt([0-9a-zA-Z])")
+_SPACED_EQUALS = re.compile(r" ?= ?")
 _SLASH = re.compile(r"(-?)([0-9]+)/([0-9]+)")
 _BARE_POINT = re.compile(r"(?<![0-9])\.(?=[0-9])")
 _SHORT_SCRIPT = re.compile(r"([\^_])\{([0-9a-zA-Z])\}")
-_WORDS = re.compile(r"[a-zA-Z][a-zA-Z'.\- ]*")
+WORDS = re.compile(r"[a-zA-Z][a-zA-Z'.]+(?: [a-zA-Z'.]+|-[a-zA-Z']{2,})*")
 _CHOICE = re.compile(r"\(([a-zA-Z])\)")
 
 
@@ -124,7 +125,9 @@ def without_unit(text: str) -> str:
     >>> without_unit(r"864 \text{ inches}^2"), without_unit("20 white hats"), without_unit("2 x")
     ('864', '20', '2 x')
     """
-    shorter = _trimmed(_UNIT_TEXT.sub("", text))
+    shorter = text
+    for _ in range(3):  # such as \text{ cm}\text{ long}
+        shorter = _trimmed(_UNIT_TEXT.sub("", shorter))
     tail = _TAIL.search(shorter)
     return (
         _trimmed(shorter[: tail.start()]) if tail and _is_unit(tail[2], bool(tail[1])) else shorter
@@ -151,10 +154,11 @@ def normal(text: str) -> str:
     text = without_unit(clean(text))
     text = _PERCENT.sub("", text)
     text = _TEXT.sub(lambda match: match[1], text)
-    if _WORDS.fullmatch(text.strip()) and len(text.strip()) > 1:
-        return " ".join(text.casefold().split())
+    words = right_side(_SPACED_EQUALS.sub("=", text)).strip()
+    if WORDS.fullmatch(words):
+        return " ".join(words.casefold().split())
     text = _MATRICES.sub("{matrix}", text).replace(" ", "")
-    text = right_side(text)
+    text = right_side(right_side(text))
     text = _BARE_POINT.sub("0.", text)
     text = _LOOSE_FRACTION.sub(r"\\frac{\1}{\2}", text)
     text = _LOOSE_TOP.sub(r"\\frac{\1}", text)

@@ -168,6 +168,10 @@ EQUAL = [
     (r"\text{Evelyn}", "Evelyn"),
     ("evelyn", r"\text{Evelyn}"),
     ("C", r"\text{(C)}"),
+    (r"x = \text{Evelyn}", r"\text{Evelyn}"),
+    ("p-q", "p - q"),
+    (r"72\text{ cm}\text{ long}", "72"),
+    (r"72\text{ cm}^2\%", "72"),
     ("(C)", "C"),
     ("2k+2", "2k + 2"),
     ("(a+5)(b+2)", "(a + 5)(b + 2)"),
@@ -250,6 +254,8 @@ EQUAL_EXPRESSIONS = [
     (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"),
     (r"7! \times 2!", r"10,\!080"),
     ("7i - 2", "-2 + 7i"),
+    ("-q+p", "p - q"),
+    ("ba", "ab"),
     ("(b+2)(a+5)", "(a+5)(b+2)"),
     (r"x^2 + 2x + 1", "(x+1)^2"),
     (r"\log_2 8", "3"),
@@ -318,6 +324,32 @@ def test_any_text_gets_a_plain_verdict(answer, reference):
     assert isinstance(canonical(answer), str)
     again = plain_verdict(answer, answer)
     assert again is None or again.equal or normal(answer) == ""
+
+
+UNITS = [
+    r"\text{a}",
+    r" \text{a}",
+    r"\text{",
+    "1,234",
+    " 1",
+    "1/2 ",
+    "= ",
+    r"\in",
+    "and ",
+    " cm",
+    "e9",
+]
+
+
+@pytest.mark.parametrize("first", UNITS)
+@pytest.mark.parametrize("second", ["", *UNITS])
+def test_repetitions_keep_no_pattern_busy(first, second):
+    """A pattern that backtracks would need ages for one of these; the time-out would end it."""
+    for end in ("", "x", "}", "^2"):
+        text = (first + second) * (MAX_ANSWER // len(first + second)) + end
+        verdict = plain_verdict(text, "5")
+        assert verdict is None or not verdict.equal
+        canonical(text)
 
 
 def test_verdicts_are_remembered_up_to_a_bound(monkeypatch):
