@@ -14,6 +14,9 @@ from dlm_fast.models.text import end_of_turn_id
 
 logger = logging.getLogger(__name__)
 
+_MOST_PADDING = 2**20
+"""rows; matrices are padded by hundreds"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Overrides:
@@ -101,7 +104,8 @@ def _eos_ids(
         known_turn = turn if turn is not None and turn < blueprint.head_rows else None
         found += [tokenizer.eos_token_id, known_turn]
     every = [i for ids in found for i in (ids if isinstance(ids, list) else [ids])]
-    return list(dict.fromkeys(i for i in every if i is not None))
+    # not a set: what is no number is named by the check that follows
+    return [i for n, i in enumerate(every) if i is not None and i not in every[:n]]
 
 
 def _block_size(blueprint: Blueprint, overrides: Overrides) -> int | None:
@@ -131,6 +135,11 @@ def _unused_ids(
     if tokenizer is None:
         return ()
     used = set(tokenizer.get_vocab().values())
+    if blueprint.head_rows > len(used) + _MOST_PADDING:
+        raise ValueError(
+            f"config.json asks for a vocabulary of {blueprint.head_rows}, but the tokenizer has "
+            f"{len(used)} tokens: they belong to different models"
+        )
     if beyond := sum(token >= blueprint.head_rows for token in used):
         logger.warning(
             "%d tokens of the tokenizer have ids beyond the model's vocabulary of %d; text that "

@@ -185,3 +185,34 @@ def test_sequences_longer_than_the_model_are_refused(tmp_path):
     sample(longer, [torch.arange(9)], settings)
     with pytest.raises(ValueError, match="max_length must be a positive integer, got -1"):
         load(directory, max_length=-1)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("generation_config.json", '{"eos_token_id": [[1]]}', r"eos_ids \[1\] is no token"),
+        ("generation_config.json", '{"eos_token_id": "2"}', r"eos_ids '2' is no token"),
+        ("generation_config.json", '{"eos_token_id": true}', "eos_ids True is no token"),
+        ("generation_config.json", '{"eos_token_id": 1e3}', r"eos_ids 1000\.0 is no token"),
+        ("generation_config.json", "[" * 100_000, r"generation_config\.json is not JSON"),
+        ("generation_config.json", "\udcff", r"generation_config\.json is not JSON"),
+    ],
+)
+def test_ids_of_the_wrong_kind_are_named(tmp_path, file, content, words):
+    directory = write(tmp_path / "model", "Dream")
+    (directory / file).write_text(content, errors="surrogateescape")
+    with pytest.raises(ValueError, match=words) as caught:
+        load(directory)
+    assert str(directory) in str(caught.value)
+
+
+def test_a_vocabulary_of_another_size_is_named_at_once(tmp_path):
+    directory = write(tmp_path / "model", "Dream")
+    edit_config(directory, vocab_size=10**13)
+    with pytest.raises(ValueError, match="the tokenizer has 262 tokens: they belong to different"):
+        load(directory)
+    for key in ("mask_token_id", "pad_token_id"):
+        edit_config(directory, vocab_size=EMBEDDING_ROWS, **{key: [1]})
+        with pytest.raises(ValueError, match=r"(mask_id|pad_token_id) \[1\] is no token"):
+            load(directory)
+        edit_config(directory, **{key: 5})
