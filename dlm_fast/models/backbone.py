@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from dlm_fast.models.kv_cache import CachedRows
 from dlm_fast.models.linear import Linear
 from dlm_fast.ops.interval_attention import segment_attention
 from dlm_fast.ops.visibility import Visibility
@@ -27,7 +28,7 @@ def visibility_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    visibility: Visibility | None = None,
+    visibility: Visibility | CachedRows | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention signature; the pattern arrives as the keyword ``visibility``."""
@@ -44,7 +45,11 @@ def visibility_attention(
         )
     # under autocast the rotary embedding leaves queries and keys in float32, values in 16 bits
     query, key = query_BHSd.to(value_BGSd.dtype), key_BGSd.to(value_BGSd.dtype)
-    out = segment_attention(query, key, value_BGSd, visibility, scaling)
+    if isinstance(visibility, CachedRows):
+        layer: Any = module.layer_idx
+        out = visibility.attend(layer, query[0], key[0], value_BGSd[0], scaling)[None]
+    else:
+        out = segment_attention(query, key, value_BGSd, visibility, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -18,12 +18,16 @@ from dlm_fast.models import text
 from dlm_fast.models.backbone import refuse_mask, set_checkpointing
 from dlm_fast.models.family import Family
 from dlm_fast.models.head import Head
+from dlm_fast.models.kv_cache import CachedRows
 from dlm_fast.models.lora import Adapters, adapters_off, merged_state, save_adapters
 from dlm_fast.models.requests import LogitsRequest, ScoreRequest, StatsRequest
 from dlm_fast.models.save import save_checkpoint
 from dlm_fast.models.source import Source
 from dlm_fast.ops import Rng, TokenStats
 from dlm_fast.ops.visibility import Visibility
+
+Pattern = Visibility | CachedRows
+"""who sees whom: all keys are rows of the same pack, or some are kept"""
 
 
 class Policy(nn.Module):
@@ -52,7 +56,7 @@ class Policy(nn.Module):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        visibility: Visibility | None = None,
+        visibility: Pattern | None = None,
         *,
         score: ScoreRequest | None = None,
         stats: StatsRequest | None = None,
@@ -64,6 +68,7 @@ class Policy(nn.Module):
 
         ``input_ids`` int64 [T] is a pack under ``visibility``; [B, S] needs none, its rows are then
         sequences under the family's own attention. Rows of a request count the flattened input.
+        Under ``CachedRows`` the input is the new tokens alone, and nothing has a gradient.
 
         ``score`` gives ``ScoreOutput``, ``stats`` ``TokenStats``, ``logits=True`` the logits as the
         network emits them [T, V] or [B, S, V]. ``idle=True`` takes no input: a scalar 0 whose
@@ -91,7 +96,7 @@ class Policy(nn.Module):
     def stats(
         self,
         input_ids: Tensor,
-        visibility: Visibility | None = None,
+        visibility: Pattern | None = None,
         *,
         rows: Tensor,
         targets: Tensor | None = None,
@@ -115,7 +120,7 @@ class Policy(nn.Module):
             return self(input_ids, visibility, stats=request)
 
     def logits(
-        self, input_ids: Tensor, visibility: Visibility | None = None, aligned: bool = True
+        self, input_ids: Tensor, visibility: Pattern | None = None, aligned: bool = True
     ) -> Tensor:
         """[T, V] or [B, S, V] like ``input_ids``.
 
@@ -130,7 +135,7 @@ class Policy(nn.Module):
         aligned_TV = emitted_TV.masked_fill((pred_T < 0)[:, None], float("nan"))
         return aligned_TV.view(emitted.shape)
 
-    def predicting_rows(self, rows: Tensor, visibility: Visibility) -> Tensor:
+    def predicting_rows(self, rows: Tensor, visibility: Pattern) -> Tensor:
         """int32 [N]: the rows whose hidden states predict the tokens at ``rows``."""
         if rows.numel() and rows.device.type == "cpu":
             low, high = (int(bound) for bound in rows.aminmax())
@@ -242,7 +247,7 @@ class Policy(nn.Module):
         request = ScoreRequest(token_1.to(torch.int32), token_1, weights=torch.zeros(1))
         return self.lm_head(hidden_TD, request).objective
 
-    def _hidden(self, input_ids: Tensor, visibility: Visibility | None) -> Tensor:
+    def _hidden(self, input_ids: Tensor, visibility: Pattern | None) -> Tensor:
         """[T, D], after the final norm."""
         visibility = self._visibility(input_ids, visibility)
         if input_ids.device.type == "cpu" and input_ids.numel():
@@ -263,7 +268,7 @@ class Policy(nn.Module):
         ).last_hidden_state
         return hidden_BSD.flatten(0, 1)
 
-    def _check_positions(self, visibility: Visibility) -> None:
+    def _check_positions(self, visibility: Pattern) -> None:
         position_ids, limit = visibility.position_ids, self.family.max_length
         if limit is None or position_ids.device.type != "cpu" or not position_ids.numel():
             return  # reading values elsewhere would wait for the device
@@ -273,7 +278,7 @@ class Policy(nn.Module):
                 f"{limit} tokens; shorten it, or load the model with max_length={last + 1}"
             )
 
-    def _visibility(self, input_ids: Tensor, visibility: Visibility | None) -> Visibility:
+    def _visibility(self, input_ids: Tensor, visibility: Pattern | None) -> Pattern:
         if input_ids.dim() not in (1, 2) or input_ids.is_floating_point():
             raise ValueError(
                 f"input_ids must be int64 [T] or [B, S], got {input_ids.dtype} "
@@ -282,12 +287,26 @@ class Policy(nn.Module):
         if visibility is None:
             return self._own_visibility(input_ids)
         rows = input_ids.numel()
-        if visibility.num_queries != rows or visibility.num_keys != rows:
+        if isinstance(visibility, CachedRows):
+            self._check_cached(input_ids, visibility)
+        elif visibility.num_queries != rows or visibility.num_keys != rows:
             raise ValueError(
                 f"input_ids has {rows} tokens, but visibility has {visibility.num_queries} query "
                 f"rows and {visibility.num_keys} key rows"
             )
         return visibility
+
+    def _check_cached(self, input_ids: Tensor, cached: CachedRows) -> None:
+        if input_ids.shape != cached.position_ids.shape:
+            raise ValueError(
+                f"input_ids is {list(input_ids.shape)}, but the cached forward has "
+                f"[{cached.num_queries}] new rows"
+            )
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "kept keys and values carry no gradient: forward them under torch.no_grad(), or "
+                "pass a Visibility over the whole sequence"
+            )
 
     def _own_visibility(self, input_ids: Tensor) -> Visibility:
         if input_ids.dim() == 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlm_fast.rollout.sampler_config import SamplerConfig
+from dlm_fast.rollout.unmask import UnmaskRule
 
 _ID_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -35,6 +36,27 @@ def check_family(policy: Any, config: SamplerConfig) -> None:
     if bad:
         raise ValueError(
             f"rollout.forbid_ids {bad} lie outside the vocabulary of {family.vocab_size} tokens"
+        )
+
+    if config.cache == "block" and family.kind != "block":
+        raise ValueError(
+            f"rollout.cache=block keeps finished blocks, which needs a block model; model family "
+            f"{family.model_type!r} sees the whole sequence at every position: set rollout.cache "
+            "to none (exact), prefix or dual (approximate)"
+        )
+    if config.cache in ("prefix", "dual") and family.kind != "full":
+        raise ValueError(
+            f"rollout.cache={config.cache} approximates models that see the whole sequence; model "
+            f"family {family.model_type!r} works in blocks: set rollout.cache=block (exact)"
+        )
+
+
+def check_rule(rule: UnmaskRule, config: SamplerConfig) -> None:
+    """A rule that looks at the whole window needs all of it in every forward."""
+    if rule.whole_window and config.cache != "none":
+        raise ValueError(
+            f"the unmasking rule asks for the whole window, but rollout.cache={config.cache} "
+            "forwards the current block only; set rollout.cache=none"
         )
 
 

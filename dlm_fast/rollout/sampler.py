@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,8 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from dlm_fast.ops import Rng, Stream, TokenStats
-from dlm_fast.ops.visibility import Visibility
-from dlm_fast.rollout.requests import check_family, check_fixed, check_prompts, check_sequence_ids
+from dlm_fast.rollout.cached_network import CachedNetwork
+from dlm_fast.rollout.network import Forward, Network, Recompute
+from dlm_fast.rollout.requests import (
+    check_family,
+    check_fixed,
+    check_prompts,
+    check_rule,
+    check_sequence_ids,
+)
 from dlm_fast.rollout.sampler_config import ENTROPY_RULES, SamplerConfig
 from dlm_fast.rollout.trajectory import Trajectory
 from dlm_fast.rollout.unmask import ConfiguredRule, Decision, UnmaskRule
@@ -45,7 +51,7 @@ def sample(
     sequence_ids: Sequence[int] | Tensor | None = None,
     fixed_ids: Sequence[Tensor | None] | None = None,
     max_batch: int | None = None,
-    forward: Callable[..., TokenStats] | None = None,
+    forward: Forward | None = None,
     rule: UnmaskRule | None = None,
     on_done: OnDone | None = None,
 ) -> list[Trajectory]:
@@ -62,12 +68,13 @@ def sample(
     while the other rows are still to be decoded.
     """
     check_family(policy, config)
+    rule = rule if rule is not None else ConfiguredRule(config)
+    check_rule(rule, config)
     if max_batch is not None and max_batch < 1:
         raise ValueError(f"max_batch must be at least 1, got {max_batch}")
     prompt_ids = check_prompts(policy, prompts, config)
     fixed_RW = check_fixed(policy, fixed_ids, len(prompt_ids), config)
     ids = check_sequence_ids(sequence_ids, len(prompt_ids))
-    rule = rule if rule is not None else ConfiguredRule(config)
     family = policy.family
     with torch.no_grad(), _evaluating(policy):
         windows = Windows(
@@ -80,7 +87,8 @@ def sample(
             fixed_RW=fixed_RW,
             device=getattr(policy, "device", "cpu"),
         )
-        loop = _Loop(policy, forward or policy.stats, windows, config, rule, seed, ids)
+        network = _network(policy, forward or policy.stats, windows, config, max_batch)
+        loop = _Loop(policy, network, windows, config, rule, seed, ids)
         record = partial(
             _trajectories, prompt_ids, windows, config, rule, family.eos_ids, seed, ids, fixed_RW
         )
@@ -93,42 +101,20 @@ def sample(
                 made |= zip(finished, trajectories, strict=True)
                 if on_done is not None:
                     on_done(finished, trajectories)
-            row_A = windows.live_R.nonzero()[:max_batch, 0]
+                network.leave(finished)
+            row_A = network.choose()
             if not row_A.numel():
                 return [made[r] for r in range(len(prompt_ids))]
             loop.step(row_A)
             finished = row_A[~windows.live_R[row_A]].tolist()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """How the live rows are packed; reused until rows leave or their visible lengths change."""
-
-    row_A: Tensor
-    length_A: Tensor
-    visibility: Visibility
-    source_T: Tensor
-    """int64, place of each packed token in the windows' flat ids"""
-    window_A: Tensor
-    """int64, packed place of each row's first window token"""
-
-
-def _lay_out(windows: Windows, row_A: Tensor, length_A: Tensor, on_grid: bool) -> _Layout:
-    lengths = tuple(length_A.tolist())
-    if on_grid:
-        visibility = Visibility.block_causal(lengths, windows.block_size)
-    else:
-        visibility = Visibility.full(lengths)
-    begin_A = length_A.cumsum(0) - length_A
-    shift_T = (windows.begin_R[row_A] - begin_A).repeat_interleave(length_A)
-    source_T = torch.arange(shift_T.numel(), device=row_A.device) + shift_T
-    return _Layout(
-        row_A=row_A,
-        length_A=length_A,
-        visibility=visibility.to(windows.device),
-        source_T=source_T,
-        window_A=begin_A + windows.prompt_R[row_A],
-    )
+def _network(
+    policy: Any, forward: Forward, windows: Windows, config: SamplerConfig, max_batch: int | None
+) -> Network:
+    if config.cache == "none":
+        return Recompute(policy, forward, windows, max_batch)
+    return CachedNetwork(policy, forward, windows, config, max_batch)
 
 
 class _Loop:
@@ -137,21 +123,20 @@ class _Loop:
     def __init__(
         self,
         policy: Any,
-        forward: Callable[..., TokenStats],
+        network: Network,
         windows: Windows,
         config: SamplerConfig,
         rule: UnmaskRule,
         seed: int,
         sequence_ids: list[int],
     ) -> None:
-        self.policy, self.forward, self.windows = policy, forward, windows
+        self.network, self.windows = network, windows
         self.config, self.rule = config, rule
         self.token_rng = Rng.of(seed, Stream.TOKEN, sequence_ids).to(windows.device)
         self.unmask_rng = Rng.of(seed, Stream.UNMASK, sequence_ids).to(windows.device)
         family = policy.family
         never = (family.mask_id, *family.unused_ids, *config.forbid_ids)
         self.forbid_ids = tuple(dict.fromkeys(never))
-        self.layout: _Layout | None = None
 
     def step(self, row_A: Tensor) -> None:
         windows = self.windows
@@ -160,7 +145,8 @@ class _Loop:
         selectable_AW = pending_AW & inside_AW
         asked_AW = torch.ones_like(selectable_AW) if self.rule.whole_window else selectable_AW
         row_N, column_N = asked_AW.nonzero(as_tuple=True)
-        stats = self._statistics(row_A, row_N, column_N)
+        draw = self._draw(row_A, row_N, column_N)
+        stats = self.network.statistics(row_A, row_N, column_N, **draw)
         score_N = self._score(stats)
         step_A = windows.step_R[row_A]
         decision = Decision(
@@ -194,17 +180,9 @@ class _Loop:
         )
         windows.advance(row_A, step_cap=self.rule.may_idle)
 
-    def _statistics(self, row_A: Tensor, row_N: Tensor, column_N: Tensor) -> TokenStats:
+    def _draw(self, row_A: Tensor, row_N: Tensor, column_N: Tensor) -> dict[str, Any]:
+        """How tokens are drawn at these positions."""
         windows, config = self.windows, self.config
-        length_A = windows.visible_length(row_A)
-        layout = self.layout
-        if not (
-            layout is not None
-            and torch.equal(layout.row_A, row_A)
-            and torch.equal(layout.length_A, length_A)
-        ):
-            on_grid = self.policy.family.kind == "block"
-            layout = self.layout = _lay_out(windows, row_A, length_A, on_grid)
         rng = None
         if config.temperature > 0:
             sequence_N = row_A[row_N]
@@ -212,17 +190,13 @@ class _Loop:
                 position=(windows.prompt_R[sequence_N] + column_N).to(torch.int32),
                 step=windows.step_R[sequence_N],
             )
-        rows_N = (layout.window_A[row_N] + column_N).to(torch.int32)
-        return self.forward(
-            windows.ids_F[layout.source_T],
-            layout.visibility,
-            rows=self.policy.predicting_rows(rows_N, layout.visibility),
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            forbid_ids=self.forbid_ids,
-            rng=rng,
-        )
+        return {
+            "temperature": config.temperature,
+            "top_k": config.top_k,
+            "top_p": config.top_p,
+            "forbid_ids": self.forbid_ids,
+            "rng": rng,
+        }
 
     def _score(self, stats: TokenStats) -> Tensor:
         by_entropy = self.config.confidence == "entropy" or self.config.rule in ENTROPY_RULES

@@ -55,7 +55,19 @@ class SamplerConfig:
     bound: float | None = None
     """limit of the rules dynamic, threshold, factor, entropy_sum and eb; the others take none"""
     cache: Literal["none", "block", "prefix", "dual", "tree"] = "none"
-    """keys and values kept between steps; this version recomputes all of them: none"""
+    """keys and values kept between steps. none: all are computed anew (exact). block: those of
+    finished blocks are kept (exact, block models only). prefix: those before the current block,
+    dual: all but the current block's, from the block's first step (approximate, models that see the
+    whole sequence). tree is not available yet"""
+    cache_page: int = 0
+    """tokens of a page of the cache; 0: one block"""
+    cache_pages: int | None = None
+    """most pages of the cache held at once; rows wait until theirs are free. none: no limit"""
+    fused_commit: bool = True
+    """cache block: a finished block goes through the network together with the first step of the
+    next one; false: by itself. The results are the same"""
+    prefix_horizon: int | None = None
+    """cache prefix: tokens behind the current block that its later steps still see; none: all"""
     early_stop: bool = True
     """a row whose finished block holds only end-of-text tokens has the rest of its window filled
     with them and leaves the batch; filled tokens have step 0 and log-probability 0, as they were
@@ -72,11 +84,26 @@ class SamplerConfig:
         self._check_sizes()
         self._check_draw()
         self._check_rule()
-        if self.cache != "none":
-            names = "block, prefix, dual and tree"
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        if self.cache not in ("none", "block", "prefix", "dual"):
             raise ValueError(
-                f"rollout.cache={self.cache!r} is not available: this version decodes without a "
-                f"cache ({names} are planned); set rollout.cache=none"
+                f"rollout.cache={self.cache!r} is not available: choose none, block (block models) "
+                "or prefix or dual (approximate)"
+            )
+        for name, least in (("cache_page", 0), ("cache_pages", 1), ("prefix_horizon", 0)):
+            value = getattr(self, name)
+            if value is None and name != "cache_page":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"rollout.{name} must be a whole number from {least} on, got {value!r}"
+                )
+        if self.prefix_horizon is not None and self.cache != "prefix":
+            raise ValueError(
+                f"rollout.prefix_horizon has no meaning for rollout.cache={self.cache}; leave it "
+                "out or set rollout.cache=prefix"
             )
 
     def _check_sizes(self) -> None:

@@ -92,6 +92,15 @@ class Windows:
             )
         return self.prompt_R[row_A] + end_A
 
+    def block_bounds(self, row_A: Tensor) -> tuple[Tensor, Tensor]:
+        """First position and end of each row's current block, counted in its sequence; tokens of
+        the prompt that lie in the block are inside."""
+        start_A = (
+            self.prompt_R[row_A] - self.phase_R[row_A] + self.pointer_R[row_A] * self.block_size
+        )
+        end_A = self.prompt_R[row_A] + self.width
+        return start_A, (start_A + self.block_size).minimum(end_A)
+
     def reveal(
         self, row_N: Tensor, column_N: Tensor, token_N: Tensor, logprob_N: Tensor, score_N: Tensor
     ) -> None:

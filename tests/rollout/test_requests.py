@@ -84,6 +84,33 @@ def test_block_models_fix_the_block_size():
         sample(policy_of(kind="block", block_size=4), [PROMPT], CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("cache", "kind", "words"),
+    [
+        (
+            "block",
+            "full",
+            r"rollout\.cache=block .* needs a block model.*set rollout\.cache to none",
+        ),
+        ("prefix", "block", r"rollout\.cache=prefix approximates.*set rollout\.cache=block"),
+        ("dual", "block", r"rollout\.cache=dual approximates.*set rollout\.cache=block"),
+    ],
+)
+def test_caches_fit_the_kind_of_model(cache, kind, words):
+    config = SamplerConfig(max_new_tokens=4, block_size=2, steps=2, cache=cache)
+    with pytest.raises(ValueError, match=words):
+        sample(policy_of(kind=kind, block_size=2 if kind == "block" else None), [PROMPT], config)
+
+
+def test_a_cache_does_not_hold_what_a_rule_of_the_whole_window_reads():
+    class Rule:
+        whole_window, may_idle = True, False
+
+    config = SamplerConfig(max_new_tokens=4, block_size=2, steps=2, cache="block")
+    with pytest.raises(ValueError, match=r"whole window.*set rollout\.cache=none"):
+        sample(policy_of(kind="block", block_size=2), [PROMPT], config, rule=Rule())
+
+
 def test_forbidden_ids_outside_the_vocabulary():
     config = SamplerConfig(max_new_tokens=4, block_size=2, steps=2, forbid_ids=(2, 9))
     with pytest.raises(ValueError, match=r"rollout\.forbid_ids \[9\] lie outside the vocabulary"):

@@ -30,6 +30,12 @@ SMALL = {"max_new_tokens": 8, "block_size": 4, "steps": 8}
         ("rule", "best", "rollout.rule must be one of"),
         ("confidence", "entropie", "rollout.confidence must be"),
         ("forbid_ids", (3, -1), "rollout.forbid_ids"),
+        ("cache_page", -1, "rollout.cache_page must be a whole number from 0 on, got -1"),
+        ("cache_page", None, "rollout.cache_page must be a whole number from 0 on, got None"),
+        ("cache_pages", 0, "rollout.cache_pages must be a whole number from 1 on, got 0"),
+        ("cache_pages", 2.5, "rollout.cache_pages must be a whole number from 1 on, got 2.5"),
+        ("prefix_horizon", -1, "rollout.prefix_horizon must be a whole number from 0 on"),
+        ("prefix_horizon", 4, "rollout.prefix_horizon has no meaning for rollout.cache=none"),
         ("bound", 0.9, "rollout.bound=0.9 has no meaning for rollout.rule=top_k"),
     ],
 )
@@ -54,9 +60,9 @@ def test_entropy_is_no_probability(rule):
         SamplerConfig(**SMALL, rule=rule, bound=0.5, confidence="entropy")
 
 
-@pytest.mark.parametrize("cache", ["block", "prefix", "dual", "tree"])
-def test_caches_of_later_versions_are_named(cache):
-    words = rf"rollout\.cache='{cache}' is not available.*block, prefix, dual and tree"
+@pytest.mark.parametrize("cache", ["tree", "all"])
+def test_other_caches_are_refused(cache):
+    words = rf"rollout\.cache='{cache}' is not available: choose none, block"
     with pytest.raises(ValueError, match=words):
         SamplerConfig(**SMALL, cache=cache)
 
