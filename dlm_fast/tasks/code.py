@@ -89,6 +89,9 @@ class CodeConfig:
     """processes and threads a snippet may have at a time"""
     output_kb: int = 1024
     """what a program may print"""
+    packages: bool = False
+    """let snippets and tests import the packages installed beside dlm_fast, such as numpy, which
+    some data sets' tests need; else the standard library alone"""
     workers: int = 0
     """completions tested at a time; 0: one per core this process may use"""
     isolation: Literal["auto", "bubblewrap", "namespaces", "user", "process"] = "auto"
@@ -270,6 +273,7 @@ class Code:
             disk_bytes=config.disk_mb << 20,
             processes=config.processes,
             output_bytes=config.output_kb << 10,
+            packages=config.packages,
         )
 
     def _check(

@@ -282,6 +282,15 @@ def test_options_are_checked(options):
         code.CodeConfig(**options)
 
 
+def test_installed_packages_are_an_option():
+    program = fenced("import numpy\ndef f(x): return numpy.int64(x) * x")
+    example = TWO_OF_THREE | {"setup": "import numpy"}
+    score = tasks.get("code", packages=True, time_limit=60).score(program, example)
+    assert score.correct, score
+    with pytest.raises(SandboxError, match="No module named 'numpy'"):
+        tasks.get("code").score(fenced("def f(x): return x * x"), example)
+
+
 def test_metrics():
     task = tasks.get("code", reward="fraction")
     scores = task.score_many(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
-import random
 import secrets
 import select
 import signal
@@ -24,6 +24,9 @@ START_SECONDS = 60.0
 time"""
 _END_SECONDS = 10.0
 _READ = 1 << 16
+_USERS = isolation.LAST_USER - isolation.FIRST_USER + 1
+# Counted, so that no two children of a trainer are the same user at a time.
+_numbers = itertools.count(secrets.randbelow(_USERS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,8 @@ class Limits:
     """processes and threads at a time"""
     output_bytes: int
     """what a program may print"""
+    packages: bool = False
+    """whether the installed packages can be imported, besides the standard library"""
 
     def resources(self, mode: str, seconds: float) -> dict[str, int]:
         """Resource limits of a child that may compute for `seconds`."""
@@ -77,7 +82,7 @@ class Child:
     ) -> None:
         self._mode = mode
         self._token = f"{os.getpid()}-{secrets.token_hex(16)}"
-        self._user = random.SystemRandom().randint(isolation.FIRST_USER, isolation.LAST_USER)
+        self._user = isolation.FIRST_USER + next(_numbers) % _USERS
         self._folder: str | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._alive = -1
@@ -146,7 +151,8 @@ class Child:
             "user": self._user,
             "disk_bytes": limits.disk_bytes,
             "home": isolation.HOME,
-            "visible": list(isolation.visible_paths()),
+            "visible": list(isolation.visible_paths(limits.packages)),
+            "packages": list(isolation.package_folders()) if limits.packages else [],
         }
         opened: list[int] = []
         try:
@@ -160,7 +166,7 @@ class Child:
             given = [spec_fd, report, alive, *(fd for fd in link if fd >= 0)]
             self._process = subprocess.Popen(
                 [
-                    *isolation.command(self._mode, limits.disk_bytes),
+                    *isolation.command(self._mode, limits.disk_bytes, limits.packages),
                     *map(str, (spec_fd, report, *link)),
                 ],
                 env=self._environment(),
@@ -182,6 +188,8 @@ class Child:
             "HOME": home,
             "TMPDIR": home,
             "LANG": "C.UTF-8",
+            "OPENBLAS_NUM_THREADS": "1",  # threads count as processes
+            "OMP_NUM_THREADS": "1",
             leftovers.MARK: self._token,
         }
 

@@ -9,7 +9,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-from .inside import landlock
+from .inside import DEVICES, landlock
 
 MODES = ("bubblewrap", "namespaces", "user", "process")
 _SHUT_OFF = "own file system, processes and no network"
@@ -27,7 +27,6 @@ SCRATCH = "/tmp"
 HOME = f"{SCRATCH}/home"
 """the working directory inside, where the file system is the sandbox's own"""
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/nix/store")
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _START = "import sys; sys.path.append({folder!r}); from inside.start import main; main()"
 
 
@@ -73,9 +72,17 @@ def _can_lock_namespaces(binary: str) -> bool:
 
 
 @lru_cache(maxsize=1)
-def visible_paths() -> tuple[str, ...]:
+def package_folders() -> tuple[str, ...]:
+    """Where the packages lie that are installed for this interpreter."""
+    names = ("site-packages", "dist-packages")
+    return tuple(path for path in sys.path if path.endswith(names) and os.path.isdir(path))
+
+
+@lru_cache(maxsize=2)
+def visible_paths(packages: bool = False) -> tuple[str, ...]:
     """What a child may read: the interpreter with its library, and the system's libraries."""
     wanted = [*_SYSTEM, sys.base_prefix, sys.base_exec_prefix]
+    wanted += package_folders() if packages else ()
     wanted.append(str(Path(sys.executable).resolve().parent.parent))
     paths: list[str] = []
     for path in wanted:
@@ -84,7 +91,7 @@ def visible_paths() -> tuple[str, ...]:
     return tuple(paths)
 
 
-def command(mode: str, disk_bytes: int) -> list[str]:
+def command(mode: str, disk_bytes: int, packages: bool = False) -> list[str]:
     """The command line of a child, up to its arguments."""
     # The interpreter behind a virtual environment: the environment itself is not visible inside.
     python = [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", "-c"]
@@ -97,7 +104,7 @@ def command(mode: str, disk_bytes: int) -> list[str]:
     return [
         binary,
         *lock,
-        *bubblewrap_options(visible_paths(), disk_bytes),
+        *bubblewrap_options(visible_paths(packages), disk_bytes),
         *("--", *python, _START.format(folder=SANDBOX_FOLDER)),
     ]
 
@@ -113,7 +120,7 @@ def bubblewrap_options(paths: tuple[str, ...], disk_bytes: int) -> list[str]:
             options += ["--symlink", os.readlink(path), path]
         else:
             options += ["--ro-bind", path, path]
-    for device in _DEVICES:
+    for device in DEVICES:
         options += ["--dev-bind-try", device, device]
     options += ["--ro-bind", str(INSIDE / "inside"), f"{SANDBOX_FOLDER}/inside"]
     return [*options, "--dir", HOME, "--remount-ro", "/", "--chdir", HOME]

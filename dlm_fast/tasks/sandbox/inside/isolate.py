@@ -19,7 +19,7 @@ import select
 import signal
 from typing import Any
 
-from . import landlock
+from . import DEVICES, landlock
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -30,7 +30,6 @@ SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
 CAPABILITY_VERSION = 0x20080522
 
 INSIDE_ID = 1000
-DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 # Where a file system of our own is put together, in our own view of the machine.
 BUILDING_SITES = ("/tmp", "/mnt", "/var")
 

@@ -144,6 +144,9 @@ def _parts(value: Any) -> tuple[bytes, tuple[Any, ...]] | None:
     where = (getattr(kind, "__module__", ""), kind.__name__)
     if isinstance(value, range):
         return b"r", (value.start, value.stop, value.step)
+    if where[0] == "numpy" and hasattr(value, "item"):  # its numbers, which equal Python's
+        item = value.item() if getattr(value, "ndim", 1) == 0 else None
+        return None if item is None or type(item).__module__ == "numpy" else (b"x", (item,))
     if where == ("decimal", "Decimal"):
         return b"D", (str(value),)
     if where == ("fractions", "Fraction"):
@@ -165,7 +168,7 @@ def _read(
         return complex(*struct.unpack_from(">dd", data, at)), at + 16
     if tag == b"h" and resolve is not None:
         return resolve(struct.unpack_from(">q", data, at)[0]), at + 8
-    if tag in (b"r", b"D", b"Q"):
+    if tag in (b"r", b"D", b"Q", b"x"):
         parts, at = _read(data, at, resolve, depth + 1)
         return _from_parts(tag, parts), at
     if tag in (b"q", b"g"):
@@ -204,6 +207,8 @@ def _from_bytes(tag: bytes, data: bytes) -> Any:
 def _from_parts(tag: bytes, parts: Any) -> Any:
     if tag == b"r":
         return range(*parts)
+    if tag == b"x":
+        return parts[0]
     if tag == b"D":
         from decimal import Decimal
 
