@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dlm_fast.algorithms import bgpo, sft
+from dlm_fast.algorithms import bgpo, sft, tracerl
 from dlm_fast.algorithms.contract import Algorithm
 
 ALGORITHMS: dict[str, tuple[type, type[Algorithm]]] = {
     "bgpo": (bgpo.Config, bgpo.BGPO),
+    "tracerl": (tracerl.Config, tracerl.TraceRL),
     "sft": (sft.Config, sft.SFT),
 }
 """name -> (configuration, algorithm); ``Config.build(...)`` makes one for a run"""

@@ -2,21 +2,23 @@
 
     mean            A_i = r_i - mean(r)
     std             A_i = (r_i - mean(r)) / (std(r) + 1e-6)      std divides by G - 1
+    zscore          A_i = (r_i - mean(r)) / std(r)               std divides by G
     leave_one_out   A_i = r_i - mean of the other rewards = G/(G-1) * (r_i - mean(r))
     none            A_i = r_i
 
 Sources: std is BGPO, arXiv 2510.11683, eq. 18, with the unbiased standard deviation and the 1e-6 of
-the open DARE trainer; mean is d1, arXiv 2504.12216; leave_one_out is DiffuCoder, arXiv 2506.20639.
+the open DARE trainer; zscore is TraceRL, arXiv 2509.06949; mean is d1, arXiv 2504.12216;
+leave_one_out is DiffuCoder, arXiv 2506.20639.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Baseline = Literal["std", "mean", "leave_one_out", "none"]
+Baseline = Literal["std", "zscore", "mean", "leave_one_out", "none"]
 
 STD_FLOOR = 1e-6
 """keeps a group of nearly equal rewards finite; far below any meaningful difference of rewards"""
@@ -40,13 +42,15 @@ def group_advantage(reward_G: Tensor, baseline: Baseline = "std") -> Tensor:
         return centred_G
     if baseline == "leave_one_out":
         return centred_G * (len(reward_G) / (len(reward_G) - 1))
+    if baseline == "zscore":
+        return centred_G / reward_G.std(correction=0)
     return centred_G / (reward_G.std(correction=1) + STD_FLOOR)
 
 
 def _check(reward_G: Tensor, baseline: str) -> None:
-    if baseline not in ("std", "mean", "leave_one_out", "none"):
+    if baseline not in get_args(Baseline):
         raise ValueError(
-            f"advantage baseline must be std, mean, leave_one_out or none, got {baseline!r}"
+            f"advantage baseline must be one of {', '.join(get_args(Baseline))}, got {baseline!r}"
         )
     if reward_G.dim() != 1:
         raise ValueError(

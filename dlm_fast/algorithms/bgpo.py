@@ -53,7 +53,12 @@ from dlm_fast.algorithms.elbo import (
     Sampler,
     micro_batches,
 )
-from dlm_fast.algorithms.options import check_choices, check_pairs, check_positive
+from dlm_fast.algorithms.options import (
+    check_choices,
+    check_mini_batch,
+    check_pairs,
+    check_positive,
+)
 from dlm_fast.algorithms.scorer import Scorer
 from dlm_fast.ops import mix64
 from dlm_fast.rollout.sampler_config import SamplerConfig
@@ -108,12 +113,7 @@ class Config:
         check_choices(self)
         check_positive(self, "num_samples", "samples_per_forward", "group_size")
         check_pairs(self.sampler, self.num_samples)
-        size = self.mini_batch
-        if size is not None and (size < 1 or size % self.group_size):
-            raise ValueError(
-                f"algorithm.mini_batch counts rollouts and must be a positive multiple of "
-                f"algorithm.group_size={self.group_size}, got {size}"
-            )
+        check_mini_batch(self.mini_batch, self.group_size)
         if self.clip_low is not None and not 0 < self.clip_low < 1:
             raise ValueError(f"algorithm.clip_low must lie between 0 and 1, got {self.clip_low}")
         if self.clip_high is not None and not self.clip_high > 0:

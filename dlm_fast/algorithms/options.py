@@ -26,6 +26,23 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"algorithm.{name} must be a positive integer, got {value!r}")
 
 
+def check_range(config: Any, low: float, high: float, *names: str) -> None:
+    """Numbers from ``low`` to ``high``, both included; an infinite bound excludes infinity."""
+    for name in names:
+        value = getattr(config, name)
+        if not (low <= value <= high and abs(value) != float("inf")):
+            raise ValueError(f"algorithm.{name} must lie in {low:g}..{high:g}, got {value!r}")
+
+
+def check_mini_batch(size: int | None, group_size: int) -> None:
+    """Optimizer steps hold whole groups."""
+    if size is not None and (size < 1 or size % group_size):
+        raise ValueError(
+            "algorithm.mini_batch counts rollouts and must be a positive multiple of "
+            f"algorithm.group_size={group_size}, got {size}"
+        )
+
+
 def check_pairs(sampler: str, num_samples: int) -> None:
     """Complementary samples come in pairs."""
     if sampler in PAIRED and num_samples % 2:
