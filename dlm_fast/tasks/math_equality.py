@@ -23,7 +23,7 @@ from .worker_pool import WorkerPool
 
 log = logging.getLogger(__name__)
 
-MEMORY = 2 << 30
+MEMORY = 1 << 30
 CACHED = 20_000
 MOST_WORKERS = 8
 
@@ -35,6 +35,9 @@ _LONG_WORD = re.compile(r"[a-zA-Z]{4}")
 MAX_NESTING = 24
 MAX_POWERS = 24
 _LONG_NUMBER = re.compile(r"[0-9]{41}")
+# Powers and factorials that nobody wants worked out: exponents of 7 digits, three powers on top of
+# each other, factorials of 6 digits or of factorials.
+_EXPLOSIVE = re.compile(r"\^ ?\{? ?-?[0-9]{7}|(?:\^ ?\{? ?[0-9]+ ?){3}|[0-9]{6} ?[})]* ?!|![ })]*!")
 
 
 @dataclass(frozen=True)
@@ -167,4 +170,8 @@ def _beyond_bounds(text: str) -> bool:
         depth += (character in "({[") - (character in ")}]")
         deepest = max(deepest, depth)
     powers = text.count("^") + text.count("**")
-    return deepest > MAX_NESTING or powers > MAX_POWERS or bool(_LONG_NUMBER.search(text))
+    return (
+        deepest > MAX_NESTING
+        or powers > MAX_POWERS
+        or bool(_LONG_NUMBER.search(text) or _EXPLOSIVE.search(text.replace("**", "^")))
+    )

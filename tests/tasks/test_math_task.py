@@ -4,11 +4,13 @@ import json
 import logging
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from dlm_fast import tasks
 from dlm_fast.tasks import math_equality, math_rewards, math_task
+from dlm_fast.tasks.worker_pool import WorkerPool
 
 EXAMPLE = {"question": "What is 9 + 9?", "answer": "18"}
 FULL = "<reasoning>\n9 + 9\n</reasoning>\n<answer>\n\\boxed{18}\n</answer>"
@@ -240,9 +242,9 @@ def test_expressions_are_compared_in_a_batch(live_task):
 
 # Each of these keeps math-verify, its parser or sympy busy or hungry far beyond any limit.
 ENDLESS = {
-    "tower": r"9^{9^{9^9}}",
     "power of a sum": r"(x+1)^{100000}",
     "sum": r"\sum_{n=1}^{\infty} \frac{\sin(n^2)}{n^3+n}",
+    "power of a power": r"2^{10^{10}}",
 }
 
 
@@ -257,13 +259,46 @@ def test_hanging_expressions_are_ended_and_harm_no_other(live_task):
     assert len(live_task._equality.pool.processes()) <= 2
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"9^{9^{9^9}}",
+        "9**9**9**9",
+        r"10^{10000000}",
+        r"x^{-123456789}",
+        "100000000!",
+        "((9!)!)!",
+        "(" * 25 + "x" + ")" * 25,
+        "x^2" * 25,
+        "9" * 41,
+    ],
+)
+def test_expressions_beyond_all_bounds_cost_nothing(live_task, text):
+    score = live_task.score(f"\\boxed{{{text}}}", {"question": "?", "answer": "y^2"})
+    assert (score.correct, score.detail["by"]) == (False, "refused")
+    # Written like the reference they are right all the same.
+    assert live_task.score(f"\\boxed{{{text}}}", {"question": "?", "answer": text}).correct
+
+
+def test_hungry_expressions_harm_no_other():
+    pytest.importorskip("math_verify", reason="needs the extra math")
+    path = Path(math_equality.__file__).with_name("math_worker.py")
+    pool = WorkerPool(path, "same", workers=1, seconds=1, memory=400 << 20)
+    try:
+        for text in (r"2^{2^{36}}", r"\lfloor 10^{2000000000}/3 \rfloor"):
+            assert pool.call(text, "y^2").value is not True
+            assert pool.call("y y", "y^2").value is True
+    finally:
+        pool.close()
+
+
 MB = 1_000_000
 HOSTILE = {
     "python tower": "9**9**9**9",
     "negated power tower": "-" * 20 + "9^{9}" * 20,
-    "parentheses": "(" * 20 + "x" + ")" * 20,
+    "parentheses": "(" * 12 + "x" + ")" * 12,
     "many parentheses": "(" * 400 + "x" + ")" * 400,
-    "fractions": r"\frac{1}{" * 20 + "x" + "}" * 20,
+    "fractions": r"\frac{1}{" * 12 + "x" + "}" * 12,
     "many fractions": r"\frac{1}{" * 90 + "x" + "}" * 90,
     "open braces": "{" * 900,
     "closed braces": "}{" * 400,
