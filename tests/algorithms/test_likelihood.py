@@ -84,6 +84,19 @@ def test_block_models_add_up_their_blocks():
     assert found == pytest.approx(expected, abs=3 * abs(expected) / 4096**0.5)
 
 
+def test_a_block_ends_where_the_grid_does():
+    """Seven tokens of context fill their second block but for one: the text's two tokens lie in
+    two blocks, each with one set of masks, so their sum is exact."""
+    policy = model(kind="block", block_size=4)
+    ids = torch.tensor([5, 17, 3, 9, 40, 2, 6, 8, 21])
+    expected = sum(
+        bound_by_enumeration(policy, ids[:a], ids[a:b], lambda n: Visibility.block_causal([n], 4))
+        for a, b in ((7, 8), (8, 9))
+    )
+    [found] = loglikelihood(policy, [(ids[:7], ids[7:])], LikelihoodConfig(num_samples=2))
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
 @pytest.mark.parametrize("options", [{}, {"kind": "block"}, {"kind": "causal"}])
 def test_company_and_batch_change_nothing(options):
     policy = model(**options)

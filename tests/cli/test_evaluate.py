@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from dlm_fast import tasks
 from dlm_fast.cli.evaluate import UNIMPORTANT
 from dlm_fast.cli.main import main
-from dlm_fast.training.answers import AnswerFile
+from dlm_fast.rollout import Trajectory
+from dlm_fast.training.answers import AnswerFile, decoding_columns
 
 SOLVED = {"numbers": [30, 100, 93], "target": 23}
 RIGHT, OTHER = "<answer>30 + 93 - 100</answer>", "<answer>30 - (100 - 93)</answer>"
@@ -59,6 +61,12 @@ def test_samples_on_a_model(small_run, tmp_path, capsys):
     assert [row["completion"] for row in rows_of(single)] == [r["completion"] for r in rows[::4]]
     beside = json.loads((tmp_path / "a.summary.json").read_text())
     assert beside["options"]["samples"] == 4 and beside["pass@4"] == summary["pass@4"]
+
+
+def test_tokens_count_up_to_the_first_end_of_text():
+    for ids, tokens in (([5, 6, 9, 7, 9], 3), ([9, 9], 1), ([5, 6], 2)):
+        trajectory = Trajectory(prompt_ids=torch.tensor([1]), response_ids=torch.tensor(ids))
+        assert decoding_columns(trajectory, (9, 8))["tokens"] == tokens
 
 
 def test_a_table_for_people(small_run, capsys, tmp_path):
@@ -201,6 +209,12 @@ def test_responses_to_the_examples_of_a_data_file(tmp_path, capsys):
     indexed = [row | {"index": i} for row, i in zip([*texts, texts[0]], (0, 1, 1), strict=True)]
     summary = evaluated(capsys, *task, write_rows(tmp_path / "i.jsonl", indexed))
     assert summary["examples"] == 2 and summary["correct"] == pytest.approx(3 / 4)
+    own = [{"example": SOLVED, "completion": RIGHT, "index": i} for i in (4, 9, 4)]
+    path = write_rows(tmp_path / "own.jsonl", own)
+    summary = evaluated(capsys, "--task", "countdown", "--responses", path)
+    assert summary["examples"] == 2, "equal examples of different numbers are different examples"
+    path = write_rows(tmp_path / "own.jsonl", [{**row, "index": None} for row in own])
+    assert evaluated(capsys, "--task", "countdown", "--responses", path)["examples"] == 1
     for rows, message in (
         ([*texts, texts[0]], "has 3 answers and"),
         ([{"completion": "a", "index": 2}], r"line 1: index must lie in 0..1"),

@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import torch
+from strong_weights import strengthen
 
 from dlm_fast.rollout import SamplerConfig, sample
 
@@ -165,6 +166,11 @@ def test_generation_is_that_of_the_sampler():
     assert text == lm.policy.decode(sample(lm.policy, [prompt], config)[0].response_ids)
     cut = {"until": text[3], "max_gen_toks": 12}
     assert lm.generate_until(asked("generate_until", ("1+1=", cut))) == [text[: text.find(text[3])]]
+    stops = [text[6], text[3]]
+    cut = {"until": stops, "max_gen_toks": 12}
+    first = min(text.find(stop) for stop in stops)
+    assert first < max(text.find(stop) for stop in stops)
+    assert lm.generate_until(asked("generate_until", ("1+1=", cut))) == [text[:first]]
     drawn = {"do_sample": True, "temperature": 1.0}
     answers = lm.generate_until(asked("generate_until", *[("1+1=", drawn)] * 4))
     assert len(set(answers)) > 1, "equal requests have draws of their own"
@@ -172,15 +178,28 @@ def test_generation_is_that_of_the_sampler():
 
 
 def test_contexts_that_are_too_long_lose_their_beginning():
-    lm = lm_of(max_length=16)
-    [(long, _), (short, _)] = lm.loglikelihood(
-        asked("loglikelihood", ("9" * 40 + "1+1=", "2"), ("9" * 11 + "1+1=", "2"))
+    lm = lm_of(max_length=16, kind="causal", dtype="float64")
+    strengthen(lm.policy, 0.3)
+    contexts = ("9" * 40 + "1+1=", "9" * 11 + "1+1=", "1+1=" + "9" * 11)
+    [(long, _), (end, _), (other, _)] = lm.loglikelihood(
+        asked("loglikelihood", *[(context, "2") for context in contexts])
     )
-    assert long == pytest.approx(short, abs=0.5), "the masks differ, the context does not"
+    assert long == pytest.approx(end, abs=1e-9) and abs(long - other) > 1e-3
     with pytest.raises(ValueError, match="leaves no room for context"):
         lm.loglikelihood(asked("loglikelihood", ("1", "2" * 16)))
     [rolled] = lm.loglikelihood_rolling(asked("rolling", ("1" * 40,)))
     assert rolled < 0
+
+
+def test_a_checkpoint_with_a_chat_template(llada_directory):
+    """The harness writes the conversation, start token included; no second one is put before it."""
+    lm = DlmFastLM(str(llada_directory), mc_num=2, max_new_tokens=4, block_size=4)
+    text = lm.apply_chat_template([{"role": "user", "content": "1+1="}])
+    assert lm.tok_encode(text) == lm.policy.encode("1+1=").tolist()
+    assert lm.chat_template(True) == lm.tokenizer.chat_template
+    [answer] = lm.generate_until(asked("generate_until", (text, {"until": []})))
+    [trajectory] = sample(lm.policy, ["1+1="], lm.sampler)
+    assert answer == lm.policy.decode(trajectory.response_ids)
 
 
 def test_what_cannot_be_done_is_said():

@@ -258,6 +258,37 @@ def test_a_checker_that_fails_too_often_stops_the_run(limit, message, tmp_path):
     assert steady(resumed.history) == steady(straight.history)
 
 
+def test_a_run_with_a_broken_checker_keeps_the_steps_before(tmp_path):
+    """It breaks after the 72 rollouts of the first step and those asked for on top; no checkpoint
+    is due before step 50, so that of step 1 is the one written on the way out."""
+    folder = tmp_path / "run"
+
+    class Breaking(DigitsTask):
+        left = 72 + 24
+
+        def score(self, completion, example):
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("worn out")
+            return super().score(completion, example)
+
+    def trainer(task, **options):
+        train = TrainConfig(max_steps=3, prompts_per_step=24, eval_every=0, lr=1e-2)
+        return Trainer(
+            tiny_policy(), task, Config(), train, rollout=ROLLOUT, seed=5, run_dir=folder, **options
+        )
+
+    broken = trainer(Breaking())
+    with pytest.raises(CheckerError, match="worn out"):
+        broken.run()
+    assert broken.step == 1
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000001"]
+    resumed = trainer(DigitsTask(), resume=True).run()
+    assert [row["step"] for row in resumed.history] == [2, 3]
+    straight = trainer_of(Config(), prompts_per_step=24, max_steps=3, micro_batch=16).run()
+    assert steady(resumed.history) == steady(straight.history)[1:]
+
+
 def test_a_checker_that_always_fails_stops_the_run():
     class Broken(DigitsTask):
         def score(self, completion, example):

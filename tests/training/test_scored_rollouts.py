@@ -1,13 +1,14 @@
 """Completions are scored while others are decoded, with the rewards of scoring afterwards."""
 
 import threading
+import time
 
 import pytest
 import torch
 from fake_training import ROLLOUT, Config, DigitsTask, tiny_policy
 
 from dlm_fast.rollout import SamplerConfig, sample
-from dlm_fast.training import TrainConfig, Trainer
+from dlm_fast.training import TrainConfig, Trainer, scored_rollouts
 from dlm_fast.training.scored_rollouts import sample_scored
 
 PATIENCE_S = 120
@@ -85,6 +86,33 @@ def test_verdicts_are_those_of_serial_scoring_whatever_comes_first():
     assert sorted(told) == [(n, score.reward) for n, score in enumerate(serial.scores)]
     assert sum("checker_error" in score.detail for score in beside.scores) == 1
     assert beside.waited_s >= 0
+
+
+def test_verdicts_are_told_while_decoding_goes_on(monkeypatch):
+    """The second pair of rows is not done before the first verdicts are there; so these are
+    told when the second pair is handed over, with four forwards to come."""
+    streams, told, policy = [], [], tiny_policy()
+
+    class Recorded(scored_rollouts.ScoreStream):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            streams.append(self)
+
+    monkeypatch.setattr(scored_rollouts, "ScoreStream", Recorded)
+    stats, told_at = policy.stats, []
+
+    def counted(*args, **options):
+        told_at.append(len(told))
+        if len(told_at) == 8:
+            end = time.monotonic() + PATIENCE_S
+            while not all(future.done() for future in streams[0]._running):
+                assert time.monotonic() < end, "the verdicts do not come"
+                time.sleep(0.001)
+        return stats(*args, **options)
+
+    policy.stats = counted
+    rolled(Watched(), 2, policy, on_scored=lambda n, t: told.append(n))
+    assert told_at[:4] == [0] * 4 and told_at[8] >= 2 and len(told) == 6
 
 
 def test_rows_are_reported_as_they_finish():
