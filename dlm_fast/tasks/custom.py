@@ -18,12 +18,14 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .base import Example, Score, check_split, field_of
 from .options import hint
 from .table import Row, pick_fields, read_table, shorten
+from .templates import Template, own_or, shot_rows, shots_text
 
 COLUMNS = {"prompt": ("prompt", "question", "problem")}
 COMPLETION_COLUMNS = ("completion", "demonstration")
@@ -38,6 +40,12 @@ class CustomConfig:
     conversational: bool = False
     """hand prompts and completions to the function as lists of messages, {"role", "content"}, as
     TRL does for chat data; rows whose prompt is such a list turn it on for themselves"""
+    prompt_template: str = ""
+    """the prompt with a row's columns by name, as in "{question} Answer:": the text, or a file
+    whose name ends in .txt; without it, a column holds the prompt"""
+    shots: str = ""
+    """examples with their answers before each prompt: a data file with a column completion, or a
+    JSON list of objects"""
     thread_safe: bool = False
     """score in threads while other completions are still being decoded: only for a function that
     may run several times at once. One that takes lists is then called with parts of the batch"""
@@ -58,6 +66,10 @@ class Custom:
         """as the config says: the function is not ours"""
         return self.config.thread_safe
 
+    def __post_init__(self) -> None:
+        # read and checked when the task is made, not at the first prompt of a run
+        _ = self._template.fields(), self._shots
+
     def load(self, path: str | None, split: str) -> Sequence[Example]:
         """The rows of a file, all their columns, with the text to complete under `prompt`."""
         check_split(split)
@@ -70,15 +82,20 @@ class Custom:
 
     def example(self, row: Row) -> Example:
         """A row with its prompt."""
-        return row.values | pick_fields(row, COLUMNS, self.config.columns, "custom")
+        if not self.config.prompt_template:
+            return row.values | pick_fields(row, COLUMNS, self.config.columns, "custom")
+        try:
+            return row.values | {"prompt": self._template.fill(row.values)}
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from None
 
     def prompt(self, example: Example) -> str:
-        """The row's prompt; the contents of its messages where it is a list of them."""
+        """The row's prompt behind the few-shot examples; of a list of messages, their contents."""
         prompt = field_of(example, "prompt", self.name)
         if isinstance(prompt, str):
-            return prompt
+            return self._shots + prompt
         if _is_chat(prompt):
-            return "\n\n".join(str(message["content"]) for message in prompt)
+            return self._shots + "\n\n".join(str(message["content"]) for message in prompt)
         raise ValueError(
             f"task {self.name}: a prompt must be a text or a list of messages, "
             f"got {shorten(prompt)}"
@@ -120,6 +137,15 @@ class Custom:
     def metrics(self, scores: Sequence[Score]) -> dict[str, float]:
         """None beyond reward and correctness."""
         return {}
+
+    @cached_property
+    def _template(self) -> Template:
+        return own_or(self.config.prompt_template, "", "custom.prompt_template")
+
+    @cached_property
+    def _shots(self) -> str:
+        examples = [self.example(row) for row in shot_rows(self.config.shots, "custom.shots")]
+        return shots_text((str(e["prompt"]), self.demonstration(e)) for e in examples)
 
     def _columns(self, completions: Sequence[str], examples: Sequence[Example]) -> dict[str, Any]:
         arguments: dict[str, Any] = {"prompts": [], "completions": []}

@@ -50,6 +50,36 @@ def test_own_wording_as_text_and_from_a_file(tmp_path):
     assert own_or("", "{a}", "x").text == "{a}"
 
 
+def test_a_field_without_a_value_is_an_error():
+    with pytest.raises(ValueError, match=r"x\.template asks for the unknown field \{b\}"):
+        Template("{a} {b}", "x.template").fill({"a": 1})
+
+
+def test_a_users_task_has_templates_over_its_own_columns(tmp_path):
+    reward = tmp_path / "mine.py"
+    reward.write_text(
+        "def trl(prompts, completions, **columns):\n    return [float(len(p)) for p in prompts]\n"
+    )
+    data = tmp_path / "d.csv"
+    data.write_text("q,unit,completion\n1+1,eggs,2\n2+1,days,3\n")
+    template = "{q} {unit}? "
+    task = tasks.get(f"{reward}:trl", prompt_template=template)
+    first, second = task.load(str(data), "train")
+    assert (task.prompt(first), second["prompt"]) == ("1+1 eggs? ", "2+1 days? ")
+    assert task.score("x", first).reward == len("1+1 eggs? ")
+    shots = tasks.get(f"{reward}:trl", prompt_template=template, shots=str(data))
+    assert shots.prompt(first) == "1+1 eggs? 2\n\n2+1 days? 3\n\n1+1 eggs? "
+    wrong = tasks.get(f"{reward}:trl", prompt_template="{question}")
+    with pytest.raises(
+        ValueError, match=r"d\.csv, line 2: .*unknown field \{question\}; there are q"
+    ):
+        wrong.load(str(data), "train")
+    with pytest.raises(ValueError, match="is not a template"):
+        tasks.get(f"{reward}:trl", prompt_template="{q")
+    with pytest.raises(ValueError, match="has no demonstrations"):
+        tasks.get(f"{reward}:trl", shots='[{"prompt": "1"}]')
+
+
 def test_few_shot_examples_stand_before_every_prompt(tmp_path):
     file = tmp_path / "shots.jsonl"
     file.write_text(json.dumps(GRID) + "\n", encoding="utf-8")
