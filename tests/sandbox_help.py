@@ -11,7 +11,7 @@ LIMITS = Limits(
     seconds=20, total_seconds=60, memory_bytes=1 << 29, disk_bytes=1 << 22, processes=16,
     output_bytes=1 << 20,
 )  # fmt: skip
-SHORT = Limits(**(vars(LIMITS) | {"seconds": 1}))
+SHORT = Limits(**(vars(LIMITS) | {"seconds": 0.6}))
 ADD = FunctionTests(tests=["assert add(1, 2) == 3", "assert add(5, -9) == -4"])
 SHUT_OFF = ("bubblewrap", "namespaces")
 

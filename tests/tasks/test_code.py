@@ -60,13 +60,16 @@ def test_right_solutions_pass_and_wrong_ones_fail(style, tmp_path):
 
 def test_a_body_goes_on_with_the_prompt(tmp_path):
     task, examples = load(tmp_path, HUMANEVAL, template="plain")
+    answers = []
     for row, example in zip(HUMANEVAL, examples, strict=True):
         assert task.prompt(example) == row["prompt"]
         assert task.demonstration(example) == row["canonical_solution"]
         body = row["canonical_solution"] + "\n\nprint('more text')\nand prose\n"
-        assert task.score(body, example).correct
-        assert task.score(fenced(row["canonical_solution"]), example).correct
-        assert not task.score(row["wrong"], example).correct
+        answers += [body, row["wrong"]]
+    answers.append(fenced(HUMANEVAL[-1]["canonical_solution"]))
+    asked = [example for example in examples for _ in range(2)] + [examples[-1]]
+    scores = tasks.score_batch(task, answers, asked)
+    assert [score.correct for score in scores] == [True, False] * 10 + [True]
 
 
 def test_functions_of_the_prompt_are_the_tests_own(tmp_path):

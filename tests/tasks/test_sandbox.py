@@ -17,6 +17,7 @@ from dlm_fast.cli.info import facts
 from dlm_fast.tasks.sandbox import child, isolation, leftovers
 from dlm_fast.tasks.sandbox.isolation import SandboxError
 from dlm_fast.tasks.sandbox.verdicts import (
+    FunctionTests,
     ProgramTests,
     check_functions,
     check_programs,
@@ -55,6 +56,15 @@ def test_the_weakest_isolation_cleans_up_too(name, tmp_path, monkeypatch):
     assert passed(check_functions(SNIPPETS[name], ADD, SHORT, mode)) == [False, False]
     assert not processes_of(os.getpid())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_test_that_forgives_errors_forgives_no_snippet_that_left():
+    forgiving = FunctionTests(tests=["try:\n    f()\nexcept Exception:\n    pass"])
+    for body, passes in (("raise ValueError", True), ("import os; os._exit(0)", False)):
+        source = f"def f(): {body}"
+        [outcome] = check_functions(source, forgiving, LIMITS, mode_or_skip())
+        assert outcome.passed == passes
+        assert outcome.reason == ("" if passes else "EOFError: the snippet's process has left")
 
 
 PROGRAMS = ("exit", "endless loop", "endless output", "a daemon", "fork bomb", "invalid UTF-8",

@@ -60,7 +60,7 @@ def isolate(spec: dict[str, Any]) -> None:
     _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     if spec["mode"] in ("user", "process"):
         # Before the limits: the rules are open files for a moment.
-        landlock.restrict(spec["visible"], list(DEVICES), os.getcwd())
+        landlock.restrict(spec["visible"], list(DEVICES), ".")
     limit(spec["limits"])
 
 
