@@ -256,28 +256,33 @@ def _trajectories(
     """The record of finished rows (A of them)."""
     row_A = torch.tensor(rows, device=windows.device)
     ids_AW = windows.ids_of(row_A).cpu()
-    if not rule.may_idle and bool((ids_AW == windows.mask_id).any()):
-        raise RuntimeError(
-            "a mask token was left in a finished window; this is a bug of the sampler"
-        )
-    ended = torch.isin(ids_AW, torch.tensor(list(eos_ids), dtype=torch.int64)).any(1).tolist()
+    decoded, responses = windows.decoded_R[row_A].tolist(), windows.response_R[row_A].tolist()
     forwards = windows.step_R[row_A].tolist()
     step_map_AW, logprob_AW = windows.step_map_RW[row_A].cpu(), windows.logprob_RW[row_A].cpu()
     confidence_AW = windows.confidence_RW[row_A].cpu() if config.record_confidence else None
-    # clones: a view would keep, and save, the tensors of all these rows
-    return [
-        Trajectory(
-            prompt_ids=prompt_ids[r].clone(),
-            response_ids=ids_AW[a].clone(),
-            step_map=step_map_AW[a].clone(),
-            logp_rollout=logprob_AW[a].clone(),
-            confidence=None if confidence_AW is None else confidence_AW[a].clone(),
-            hint_mask=None if fixed_RW is None else fixed_RW[r] != windows.mask_id,
-            sequence_id=sequence_ids[r],
-            seed=seed,
-            block_size=config.block_size,
-            finish_reason="eos" if ended[a] else "length",
-            num_forwards=forwards[a],
+    eos = torch.tensor(list(eos_ids), dtype=torch.int64)
+    made = []
+    for a, r in enumerate(rows):
+        ids_W, response, end = ids_AW[a, : decoded[a]], responses[a], decoded[a]
+        if not rule.may_idle and bool((ids_W == windows.mask_id).any()):
+            raise RuntimeError(
+                "a mask token was left in a finished window; this is a bug of the sampler"
+            )
+        # clones: a view would keep, and save, the tensors of all these rows
+        made.append(
+            Trajectory(
+                prompt_ids=prompt_ids[r].clone(),
+                response_ids=ids_W[:response].clone(),
+                tail_ids=ids_W[response:].clone(),
+                step_map=step_map_AW[a, :end].clone(),
+                logp_rollout=logprob_AW[a, :end].clone(),
+                confidence=None if confidence_AW is None else confidence_AW[a, :end].clone(),
+                hint_mask=None if fixed_RW is None else fixed_RW[r, :response] != windows.mask_id,
+                sequence_id=sequence_ids[r],
+                seed=seed,
+                block_size=config.block_size,
+                finish_reason="eos" if bool(torch.isin(ids_W, eos).any()) else "length",
+                num_forwards=forwards[a],
+            )
         )
-        for a, r in enumerate(rows)
-    ]
+    return made

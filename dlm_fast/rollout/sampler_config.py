@@ -72,6 +72,10 @@ class SamplerConfig:
     """a row whose finished block holds only end-of-text tokens has the rest of its window filled
     with them and leaves the batch; filled tokens have step 0 and log-probability 0, as they were
     not drawn"""
+    stop_at_eos: bool = False
+    """a row ends with the first block that it decoded an end-of-text token in: its response ends
+    with that token, what else the block holds behind it becomes the trajectory's tail, and the rest
+    of the window is left out. early_stop then has nothing to fill"""
     forbid_eos_confidence: bool = False
     """give drawn end-of-text tokens the lowest confidence, so that they are revealed last; usual in
     evaluation, not in training"""

@@ -54,6 +54,11 @@ class Windows:
         self.steps_RK = _share_steps(phase_R, config)
         self.eos_ids = torch.tensor(list(eos_ids), device=device)
         self.early_stop = config.early_stop and len(eos_ids) > 0
+        self.stop_at_eos = config.stop_at_eos and len(eos_ids) > 0
+        self.response_R = torch.full_like(self.prompt_R, width)
+        """columns of each row's response"""
+        self.decoded_R = torch.full_like(self.prompt_R, width)
+        """columns that are decoded, or will be"""
 
         self.pointer_R = torch.full_like(self.prompt_R, -1)
         self.live_R = torch.ones_like(self.prompt_R, dtype=torch.bool)
@@ -129,7 +134,9 @@ class Windows:
         if not bool(closed_A.any()):
             return
         closed_C = row_A[closed_A]
-        if self.early_stop:
+        if self.stop_at_eos:
+            self._stop_at_eos(closed_C, inside_AW[closed_A])
+        elif self.early_stop:
             self._fill_after_eos(closed_C, inside_AW[closed_A])
         self._open_blocks(closed_C)
 
@@ -145,6 +152,14 @@ class Windows:
         self.block_step_R[row_C] = 0
         self.block_count_R[row_C] = (pending_CW & inside_CW).sum(1)
 
+    def _stop_at_eos(self, row_C: Tensor, inside_CW: Tensor) -> None:
+        eos_CW = torch.isin(self.ids_of(row_C), self.eos_ids) & inside_CW
+        ended_C = eos_CW.any(1)
+        row_E, inside_EW = row_C[ended_C], inside_CW[ended_C]
+        self.response_R[row_E] = eos_CW[ended_C].to(torch.uint8).argmax(1) + 1
+        self.decoded_R[row_E] = _last_column(inside_EW)[:, 0] + 1
+        self.pending_RW[row_E] = False
+
     def _fill_after_eos(self, row_C: Tensor, inside_CW: Tensor) -> None:
         ids_CW = self.ids_F[self._flat(row_C)]
         ended_C = (torch.isin(ids_CW, self.eos_ids) | ~inside_CW).all(1)
@@ -152,10 +167,17 @@ class Windows:
             return
         row_E, inside_EW, ids_EW = row_C[ended_C], inside_CW[ended_C], ids_CW[ended_C]
         # the block's own last token: models with several end-of-text ids repeat one of them
-        last_E = (inside_EW * torch.arange(self.width, device=row_C.device)).argmax(1, keepdim=True)
-        fill_EW = torch.where(self.pending_RW[row_E], ids_EW.gather(1, last_E), ids_EW)
+        last_E1 = _last_column(inside_EW)
+        fill_EW = torch.where(self.pending_RW[row_E], ids_EW.gather(1, last_E1), ids_EW)
         self.ids_F[self._flat(row_E)] = fill_EW
         self.pending_RW[row_E] = False
+
+
+def _last_column(inside_EW: Tensor) -> Tensor:
+    """int64 [E, 1], the last column that is inside."""
+    return (inside_EW * torch.arange(inside_EW.shape[1], device=inside_EW.device)).argmax(
+        1, keepdim=True
+    )
 
 
 def _share_steps(phase_R: Tensor, config: SamplerConfig) -> Tensor:

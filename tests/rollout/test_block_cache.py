@@ -263,3 +263,25 @@ def test_the_last_block_is_not_committed(policy, monkeypatch):
     # prompt, block 1, commit of block 1, block 2; nothing after it
     assert trajectory.num_forwards == 2
     assert (watched.forwards, watched.prefills, watched.prompt_rows) == ([4, 4], 2, 8)
+
+
+@pytest.mark.parametrize("stop", [{"stop_at_eos": True}, {"early_stop": True}])
+def test_rows_that_stop_early_are_the_same_and_need_no_commit(policy, monkeypatch, stop):
+    eos = policy.family.eos_ids[0]
+    others = tuple(i for i in range(6, policy.family.vocab_size) if i != eos)
+    options = {"max_new_tokens": 40, "steps": 40, "temperature": 60.0, "forbid_ids": others, **stop}
+    watched = Watched(policy, monkeypatch)
+    prompts = [torch.full((n,), eos) for n in (3, 6, 9, 14) for _ in range(3)]
+    made = sample(
+        policy,
+        prompts,
+        SamplerConfig(block_size=BLOCK, **options, cache="block"),
+        3,
+        forward=watched,
+        max_batch=5,
+    )
+    check_same(made, sample(policy, prompts, SamplerConfig(block_size=BLOCK, **options), 3))
+    if stop == {"stop_at_eos": True}:
+        assert len({t.response_length for t in made}) > 2
+        assert any(t.tail_ids.numel() for t in made)
+    assert watched.network.pages.used == 0
