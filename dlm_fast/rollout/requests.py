@@ -51,6 +51,11 @@ def check_family(policy: Any, config: SamplerConfig) -> None:
         )
 
 
+def never_drawn(family: Any, config: SamplerConfig) -> tuple[int, ...]:
+    """Ids that no draw gives, each once."""
+    return tuple(dict.fromkeys((family.mask_id, *family.unused_ids, *config.forbid_ids)))
+
+
 def check_rule(rule: UnmaskRule, config: SamplerConfig) -> None:
     """A rule that looks at the whole window needs all of it in every forward."""
     if rule.whole_window and config.cache != "none":
@@ -120,6 +125,11 @@ def check_fixed(
     """int64 [R, W] on the CPU, the mask id where free; None if nothing is given."""
     if fixed_ids is None:
         return None
+    if config.stop_at_eos and policy.family.kind != "block":
+        raise ValueError(
+            "rollout.stop_at_eos leaves out what was given behind the end of text, but family "
+            f"{policy.family.model_type!r} saw it at every step; set rollout.stop_at_eos=false"
+        )
     if len(fixed_ids) != num_rows:
         raise ValueError(f"fixed_ids has {len(fixed_ids)} entries for {num_rows} prompts")
     width = config.max_new_tokens

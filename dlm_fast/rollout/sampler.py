@@ -31,6 +31,7 @@ from dlm_fast.rollout.requests import (
     check_prompts,
     check_rule,
     check_sequence_ids,
+    never_drawn,
 )
 from dlm_fast.rollout.sampler_config import ENTROPY_RULES, SamplerConfig
 from dlm_fast.rollout.trajectory import Trajectory
@@ -76,7 +77,7 @@ def sample(
     fixed_RW = check_fixed(policy, fixed_ids, len(prompt_ids), config)
     ids = check_sequence_ids(sequence_ids, len(prompt_ids))
     family = policy.family
-    with torch.no_grad(), _evaluating(policy):
+    with torch.no_grad(), evaluating(policy):
         windows = Windows(
             prompt_ids,
             config,
@@ -134,9 +135,7 @@ class _Loop:
         self.config, self.rule = config, rule
         self.token_rng = Rng.of(seed, Stream.TOKEN, sequence_ids).to(windows.device)
         self.unmask_rng = Rng.of(seed, Stream.UNMASK, sequence_ids).to(windows.device)
-        family = policy.family
-        never = (family.mask_id, *family.unused_ids, *config.forbid_ids)
-        self.forbid_ids = tuple(dict.fromkeys(never))
+        self.forbid_ids = never_drawn(policy.family, config)
 
     def step(self, row_A: Tensor) -> None:
         windows = self.windows
@@ -230,7 +229,7 @@ class _Loop:
 
 
 @contextmanager
-def _evaluating(policy: Any) -> Iterator[None]:
+def evaluating(policy: Any) -> Iterator[None]:
     """Evaluation mode inside, every module's own mode afterwards."""
     training = [m for m in policy.modules() if m.training] if isinstance(policy, nn.Module) else []
     for module in training:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dlm_fast.algorithms.contract import ResampleRequest, SamplingPlan
 from dlm_fast.ops.philox import mix64
+from dlm_fast.rollout.replay import cache_gaps
 from dlm_fast.rollout.sampler_config import SamplerConfig
 from dlm_fast.rollout.trajectory import Group, Trajectory, trajectories_of
 from dlm_fast.tasks import Score
@@ -74,6 +75,9 @@ class Collector:
         """of every rollout so far, those that were asked for on top included"""
         self.waited_s = 0.0
         """seconds that scoring added to decoding"""
+        self.cache_gaps: list[float] = []
+        """of one rollout in each call of the sampler with an approximate cache: distances of its
+        tokens' log-probabilities from exact ones"""
 
     def collect(self, prompts: Sequence[Prompt]) -> list[Group]:
         """The groups of this rank's prompts."""
@@ -159,6 +163,8 @@ class Collector:
                 rollout=None if is_special else self._plan.rollout,
             )
             self.waited_s += found.waited_s
+            if sampler.cache in ("prefix", "dual") and (is_special or self._plan.rollout is None):
+                self.cache_gaps += cache_gaps(self._policy, found.trajectories[0], sampler).tolist()
             pairs = zip(found.trajectories, found.scores, strict=True)
             made |= dict(zip(map(id, mine), pairs, strict=True))
         trajectories = []

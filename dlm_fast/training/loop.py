@@ -254,6 +254,8 @@ class Trainer:
             self._refuse_broken_checker(collector.scores)
         groups = self.algorithm.refine(groups, collector.resample)
         sums.add_count("rollout/resampled", collector.resampled)
+        if collector.cache_gaps:
+            sums.add_values("rollout/cache_gap", collector.cache_gaps)
         if collector.resampled:
             add_scoring_metrics(sums, collector.scores[-collector.resampled :], collector.waited_s)
         return self.algorithm.prepare(groups, context), context

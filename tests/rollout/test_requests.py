@@ -61,6 +61,14 @@ def test_wrong_arguments(arguments, words):
         sample(policy_of(), [PROMPT, PROMPT], CONFIG, **arguments)
 
 
+def test_hints_behind_the_end_of_text_are_not_lost_in_silence():
+    config = SamplerConfig(max_new_tokens=4, block_size=2, steps=2, stop_at_eos=True)
+    hint = torch.tensor([MASK, MASK, 1, 2])
+    assert len(sample(policy_of(kind="block", block_size=2), [PROMPT], config, fixed_ids=[hint]))
+    with pytest.raises(ValueError, match=r"set rollout\.stop_at_eos=false"):
+        sample(policy_of(), [PROMPT], config, fixed_ids=[hint])
+
+
 def test_too_long_for_the_model():
     policy = policy_of(max_length=6)
     assert len(sample(policy, [PROMPT], CONFIG)) == 1

@@ -1,5 +1,6 @@
 """One loop carries any algorithm: several modules, resampling, frozen policies, demonstrations."""
 
+import dataclasses
 import math
 
 import pytest
@@ -23,7 +24,7 @@ from dlm_fast.training.metrics import read_metrics
 UNSTEADY = ("time/", "memory/")
 
 
-def trainer_of(algorithm, *, task=None, policy=None, **options):
+def trainer_of(algorithm, *, task=None, policy=None, rollout=ROLLOUT, **options):
     defaults = {
         "max_steps": 2,
         "prompts_per_step": 4,
@@ -36,7 +37,7 @@ def trainer_of(algorithm, *, task=None, policy=None, **options):
         task or DigitsTask(),
         algorithm,
         TrainConfig(**{**defaults, **options}),
-        rollout=ROLLOUT,
+        rollout=rollout,
         seed=5,
     )
 
@@ -219,6 +220,14 @@ def test_rollout_metrics_are_right():
     assert row["task/characters"] == pytest.approx(sum(len(t.text) for t in seen) / 20)
     tokens = sum(t.response_length for t in seen) / sum(t.num_forwards for t in seen)
     assert row["rollout/tokens_per_step"] == pytest.approx(tokens)
+
+
+@pytest.mark.parametrize(("cache", "is_off"), [("none", None), ("prefix", True), ("dual", True)])
+def test_the_gap_of_an_approximate_cache_is_logged(cache, is_off):
+    rollout = dataclasses.replace(ROLLOUT, cache=cache)
+    metrics = trainer_of(Config(), rollout=rollout, max_steps=1).run().metrics
+    gap = metrics.get("rollout/cache_gap")
+    assert gap is None if is_off is None else 1e-6 < gap < 1.0
 
 
 def test_a_failing_checker_is_counted(caplog):
