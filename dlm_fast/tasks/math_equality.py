@@ -138,6 +138,9 @@ def plain_verdict(answer: str, reference: str) -> Verdict | None:
         return Verdict(same, "number")
     if _IN_BASE.fullmatch(text) or _IN_BASE.fullmatch(normal(answer)):
         return Verdict(False, "text")
+    if "=" in text and "=" not in answer:
+        # What stands on one side of an equation is not the equation; `normal` drops names.
+        return Verdict(False, "text")
     if _is_name(reference, text):
         # Words would be read as products of letters, equal in any order.
         return Verdict(False, "text")

@@ -38,6 +38,7 @@ _FORMULA = re.compile(
 )
 _PERCENT_SIGN = re.compile(r"\\?%")
 _WORD = re.compile(r"[a-zA-Z]+")
+_VARIABLE = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])|\\(?!text|frac|times|cdot|div|[%$])")
 _CONJUNCTION = re.compile(
     r",? *(?:\\text ?\{ *(?:and|or) *\}|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])) *"
 )
@@ -116,8 +117,12 @@ def same_collection(answer: str, reference: str) -> bool | None:
 
 
 def _last_side(text: str) -> str:
-    # A chain such as 9 + 9 = 18 states what is on its right.
-    return text.rpartition("=")[2].strip() if "=" in text else text
+    """The right side of a chain such as 9 + 9 = 18 or x = y = 5; an equation is no number."""
+    *lefts, last = (part.strip() for part in text.split("="))
+    for left in lefts:
+        if _VARIABLE.search(left) and right_side(f"{left.replace(' ', '')}=1") != "1":
+            return text
+    return last
 
 
 def _values(text: str) -> frozenset[Fraction]:

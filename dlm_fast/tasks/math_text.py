@@ -82,8 +82,10 @@ VALUE_WORDS = _words(
     negative plus times over divided hundred thousand million billion dozen infinity or and not
     mod choose factorial"""
 )
+_GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega|ell"
 _NAME = re.compile(
-    r"(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]*\}))?(?:\([a-zA-Z]\))?(?:=|\\in(?![a-zA-Z]))"
+    rf"(?:[a-zA-Z]|\\(?:{_GREEK}))(?:_(?:[a-zA-Z0-9]|\{{[a-zA-Z0-9]*\}}))?"
+    r"(?:\([a-zA-Z]\))?(?:=|\\in(?![a-zA-Z]))"
 )
 _SHORT_LEFT_SIDE = re.compile(r"[^=<>]{1,2}=(?!=)")
 _LOOSE_FRACTION = re.compile(r"\\frac([0-9a-zA-Z])([0-9a-zA-Z])")
