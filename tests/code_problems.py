@@ -147,7 +147,7 @@ MBPP = [
                     "assert set(shared((1, 2), (3, 4))) == set()",
                 ],
                 "",
-                "def set(x): return 0\ndef shared(a, b): return a",
+                "def set(*x): return 0\ndef shared(a, b): return a",
             ),
             (
                 "Write a function that says whether a number is not prime.",
