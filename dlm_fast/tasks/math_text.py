@@ -79,7 +79,7 @@ SHORT_UNITS = _words(
 # Words that belong to the value.
 VALUE_WORDS = _words(
     """pi sqrt root sin cos tan cot sec csc log ln exp squared cubed half third quarter twice minus
-    negative plus times over divided hundred thousand million billion dozen infinity or and not
+    negative plus times over divided hundred thousand million billion dozen infinity or and not no
     mod choose factorial"""
 )
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega|ell"
