@@ -136,11 +136,13 @@ def ends(namespace):
     thread = threading.Thread(target=serve)
     thread.start()
     link = Link(read, write, OF_TESTS)
-    yield link, lambda name: link.request(NAMESPACE, "get", (name,))
-    os.close(write)
-    thread.join()
-    for fd in (read, there_read):
-        os.close(fd)
+    try:
+        yield link, lambda name: link.request(NAMESPACE, "get", (name,))
+    finally:
+        os.close(write)
+        thread.join()
+        for fd in (read, there_read):
+            os.close(fd)
 
 
 def test_calls_errors_and_callbacks():
