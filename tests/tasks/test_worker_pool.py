@@ -36,7 +36,7 @@ def make_pool():
 @pytest.fixture(scope="module")
 def shared_pool():
     """One pool that survives everything the tests do to it."""
-    pool = WorkerPool(FUNCTIONS, "misbehave", workers=2, seconds=0.1, memory=GB)
+    pool = WorkerPool(FUNCTIONS, "misbehave", workers=2, seconds=0.2, memory=GB)
     yield pool
     pool.close()
 
@@ -248,8 +248,8 @@ def interrupt():
     time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGINT)
 
-threading.Thread(target=interrupt).start()
 try:
+    threading.Thread(target=interrupt).start()
     pool.map([("loop",)] * 50)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
