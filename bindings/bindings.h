@@ -15,6 +15,7 @@ void bind_row_draw(pybind11::module_& m);
 void bind_row_stats(pybind11::module_& m);
 void bind_select_rows(pybind11::module_& m);
 void bind_unmask_select(pybind11::module_& m);
+void bind_interval_attention(pybind11::module_& m);
 void bind_mask_tokens(pybind11::module_& m);
 void bind_token_logprob(pybind11::module_& m);
 void bind_trace_pack(pybind11::module_& m);

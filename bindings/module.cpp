@@ -8,6 +8,7 @@ PYBIND11_MODULE(_C, m) {
   dlm_fast::bind_head_inputs(m);
   dlm_fast::bind_philox(m);
   dlm_fast::bind_unmask_select(m);
+  dlm_fast::bind_interval_attention(m);
   dlm_fast::bind_mask_tokens(m);
   dlm_fast::bind_token_logprob(m);
   dlm_fast::bind_token_stats(m);

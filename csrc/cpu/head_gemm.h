@@ -42,16 +42,6 @@ struct HeadGemm {
 
   // --- reading the inputs
 
-  // Number i of an array of any element type.
-  static DLM_INLINE Real read(const void* data, Dtype dtype, int64_t i) {
-    if (dtype == Dtype::kFloat64) return static_cast<Real>(static_cast<const double*>(data)[i]);
-    if (dtype == Dtype::kFloat32) return static_cast<Real>(static_cast<const float*>(data)[i]);
-    uint16_t word[kLanes] = {static_cast<const uint16_t*>(data)[i]};
-    Real numbers[kLanes];
-    (dtype == Dtype::kBFloat16 ? V::load_bfloat16(word) : V::load_half(word)).store(numbers);
-    return numbers[0];
-  }
-
   // Numbers [i, i + count) as a vector, zero behind; reads nothing past count.
   static DLM_INLINE V read_vector(const void* data, Dtype dtype, int64_t i, int64_t count) {
     if (count >= kLanes) {
@@ -60,8 +50,13 @@ struct HeadGemm {
       if (dtype == Dtype::kFloat16) return V::load_half(static_cast<const uint16_t*>(data) + i);
       return V::load(static_cast<const Real*>(data) + i);
     }
+    if (dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16) {
+      uint16_t words[kLanes] = {};
+      std::copy_n(static_cast<const uint16_t*>(data) + i, count, words);
+      return dtype == Dtype::kBFloat16 ? V::load_bfloat16(words) : V::load_half(words);
+    }
     Real numbers[kLanes] = {};
-    for (int64_t k = 0; k < count; ++k) numbers[k] = read(data, dtype, i + k);
+    std::copy_n(static_cast<const Real*>(data) + i, count, numbers);
     return V::load(numbers);
   }
 

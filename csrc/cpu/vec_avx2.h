@@ -70,6 +70,12 @@ struct Vec {
   static Mask equal(Vec a, Vec b) {
     return _mm256_cmp_ps(a.x, b.x, _CMP_EQ_OQ);
   }
+  // Bit i stands for lane i.
+  static Mask lanes(uint32_t bits) {
+    const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i found = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each);
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(found, each));
+  }
   static Vec select(Mask mask, Vec yes, Vec no) {
     return {_mm256_blendv_ps(no.x, yes.x, mask)};
   }

@@ -68,6 +68,10 @@ struct Vec {
   static Mask equal(Vec a, Vec b) {
     return _mm512_cmp_ps_mask(a.x, b.x, _CMP_EQ_OQ);
   }
+  // Bit i stands for lane i.
+  static Mask lanes(uint32_t bits) {
+    return static_cast<__mmask16>(bits);
+  }
   static Vec select(Mask mask, Vec yes, Vec no) {
     return {_mm512_mask_blend_ps(mask, no.x, yes.x)};
   }

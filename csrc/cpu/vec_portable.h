@@ -101,6 +101,12 @@ struct Vec {
     for (int i = 0; i < kWidth; ++i) mask.on[i] = a.x[i] == b.x[i];
     return mask;
   }
+  // Bit i stands for lane i.
+  static Mask lanes(uint32_t bits) {
+    Mask mask;
+    for (int i = 0; i < kWidth; ++i) mask.on[i] = (bits >> i & 1) != 0;
+    return mask;
+  }
   static Vec select(const Mask& mask, const Vec& yes, const Vec& no) {
     return make([&](int i) { return mask.on[i] ? yes.x[i] : no.x[i]; });
   }

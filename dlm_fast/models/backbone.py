@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from dlm_fast.models.kv_cache import CachedRows
 from dlm_fast.models.linear import Linear
-from dlm_fast.ops.interval_attention import segment_attention
+from dlm_fast.ops.segment_attention import segment_attention
 from dlm_fast.ops.visibility import Visibility
 
 ATTENTION = "dlm_fast_visibility"

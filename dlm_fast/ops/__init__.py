@@ -3,7 +3,7 @@
 from dlm_fast.ops.axpy_multi import axpy_multi, axpy_multi_ref
 from dlm_fast.ops.grad_accumulator import GradAccumulator, GradStatistics
 from dlm_fast.ops.head_sample_grad_norm import head_sample_grad_norm, head_sample_grad_norm_ref
-from dlm_fast.ops.interval_attention import interval_attention_ref
+from dlm_fast.ops.interval_attention import interval_attention, interval_attention_ref
 from dlm_fast.ops.mask_tokens import Masked, mask_tokens, mask_tokens_ref
 from dlm_fast.ops.philox import Rng, Stream, gumbel, mix64, philox_uniform, philox_uniform_ref
 from dlm_fast.ops.sample_grad_norm import sample_grad_norm, sample_grad_norm_ref
@@ -48,6 +48,7 @@ __all__ = [
     "trace_conditionals_ref",
     "join_packs",
     "fill_bins",
+    "interval_attention",
     "interval_attention_ref",
     "Rng",
     "Stream",

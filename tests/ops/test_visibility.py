@@ -5,12 +5,18 @@ import sys
 
 import pytest
 import torch
+from attention_problems import (
+    assert_close,
+    free_visibility,
+    random_qkv,
+    values_and_gradients,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dlm_fast.ops import interval_attention_ref
-from dlm_fast.ops.interval_attention import segment_attention
+from dlm_fast.ops.segment_attention import bucket_attention, segment_attention
 from dlm_fast.ops.visibility import Visibility, dense_mask
 
 packs = st.lists(st.integers(0, 9), max_size=6)
@@ -80,29 +86,8 @@ def test_a_tree_fits_into_one_interval():
     assert int(dense_mask(intervals, 7).sum()) == 22
 
 
-def random_qkv(queries, keys, heads=4, key_heads=2, width=6, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (queries, heads, width), (keys, key_heads, width), (keys, key_heads, width)
-    return [
-        torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes
-    ]
-
-
-def values_and_gradients(attend, tensors):
-    out = attend(*tensors)
-    upstream = torch.randn(
-        out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
-    )
-    return [out, *torch.autograd.grad((out * upstream).sum(), tensors)]
-
-
-def assert_close(found, expected, tolerance=1e-12):
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
-
-
 def batched(attention, batch):
-    """Calls segment_attention with the pack as [batch, T / batch]."""
+    """Calls an attention in a policy's layout with the pack as [batch, T / batch]."""
 
     def attend(*tensors):
         folded = [x.view(batch, x.shape[0] // batch, *x.shape[1:]).transpose(1, 2) for x in tensors]
@@ -118,21 +103,33 @@ KINDS = {
 }
 
 
+both_ways = pytest.mark.parametrize("attention", [segment_attention, bucket_attention])
+
+
+@both_ways
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("lengths", "batch"),
-    [([7], 1), ([5, 5, 5, 5], 1), ([5, 5, 5, 5], 4), ([5, 5, 5, 5], 2), ([4, 7, 0, 4, 1, 7], 1)],
+    [
+        ([7], 1),
+        ([600, 600], 2),
+        ([5, 5, 5, 5], 1),
+        ([5, 5, 5, 5], 4),
+        ([5, 5, 5, 5], 2),
+        ([4, 7, 0, 4, 1, 7], 1),
+    ],
 )
-def test_fast_path_equals_the_definition(kind, lengths, batch):
+def test_fast_path_equals_the_definition(kind, lengths, batch, attention):
     visibility = KINDS[kind](lengths)
     tensors = random_qkv(sum(lengths), sum(lengths))
-    fast = batched(lambda q, k, v: segment_attention(q, k, v, visibility), batch)
+    fast = batched(lambda q, k, v: attention(q, k, v, visibility), batch)
     slow = values_and_gradients(lambda *t: interval_attention_ref(*t, visibility), tensors)
     assert_close(values_and_gradients(fast, tensors), slow)
 
 
+@both_ways
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_equals_separate(kind):
+def test_packed_equals_separate(kind, attention):
     lengths = [3, 8, 1, 8]
     tensors = random_qkv(sum(lengths), sum(lengths))
 
@@ -141,48 +138,27 @@ def test_packed_equals_separate(kind):
         return torch.cat([interval_attention_ref(*p, KINDS[kind]([len(p[0])])) for p in parts])
 
     visibility = KINDS[kind](lengths)
-    fast = batched(lambda q, k, v: segment_attention(q, k, v, visibility), 1)
+    fast = batched(lambda q, k, v: attention(q, k, v, visibility), 1)
     assert_close(values_and_gradients(fast, tensors), values_and_gradients(separately, tensors))
 
 
-def free_intervals(queries, keys, seed, bounds=None):
-    """Random disjoint interval pairs; some empty, some rows that see nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    low, high = bounds or (torch.zeros(keys, 1), torch.full((keys, 1), float(queries)))
-    ends = low + torch.rand(keys, 4, generator=generator).sort(1).values * (high - low)
-    return ends.floor().to(torch.int32)
-
-
-def free_visibility(queries, keys, seed, lengths=()):
-    bounds = None
-    if lengths:
-        end = torch.tensor(lengths).cumsum(0).float()
-        start = end - torch.tensor(lengths)
-        sizes = torch.tensor(lengths)
-        bounds = tuple(b.repeat_interleave(sizes)[:, None] for b in (start, end))
-    return Visibility(
-        intervals=free_intervals(queries, keys, seed, bounds),
-        position_ids=torch.zeros(queries, dtype=torch.int64),
-        pred=torch.full((queries,), -1, dtype=torch.int32),
-        lengths=lengths,
-    )
-
-
-@given(st.integers(0, 12), st.integers(1, 12), st.integers(0, 1000))
-def test_free_intervals_of_any_size_equal_the_definition(queries, keys, seed):
+@both_ways
+@given(queries=st.integers(0, 12), keys=st.integers(1, 12), seed=st.integers(0, 1000))
+def test_free_intervals_of_any_size_equal_the_definition(attention, queries, keys, seed):
     visibility = free_visibility(queries, keys, seed)
     tensors = random_qkv(queries, keys, seed=seed)
-    fast = batched(lambda q, k, v: segment_attention(q, k, v, visibility, scale=0.7), 1)
+    fast = batched(lambda q, k, v: attention(q, k, v, visibility, scale=0.7), 1)
     slow = values_and_gradients(lambda *t: interval_attention_ref(*t, visibility, 0.7), tensors)
     assert_close(values_and_gradients(fast, tensors), slow)
 
 
+@both_ways
 @pytest.mark.parametrize("lengths", [(6, 6), (6, 4, 6), (5,)])
-def test_segments_with_patterns_of_their_own(lengths):
+def test_segments_with_patterns_of_their_own(lengths, attention):
     total = sum(lengths)
     visibility = free_visibility(total, total, 3, lengths)
     tensors = random_qkv(total, total)
-    fast = batched(lambda q, k, v: segment_attention(q, k, v, visibility), 1)
+    fast = batched(lambda q, k, v: attention(q, k, v, visibility), 1)
     slow = values_and_gradients(lambda *t: interval_attention_ref(*t, visibility), tensors)
     assert_close(values_and_gradients(fast, tensors), slow)
 
@@ -247,7 +223,7 @@ def test_wrong_arguments_are_named():
     q, k, v = random_qkv(4, 4)
     with pytest.raises(ValueError, match="3 rows of the visibility"):
         interval_attention_ref(q, k, v, Visibility.full([3]))
-    with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
+    with pytest.raises(ValueError, match="4 query heads of q are not a multiple of the 3"):
         interval_attention_ref(q, k.new_zeros(4, 3, 6), v.new_zeros(4, 3, 6), Visibility.full([4]))
 
 
