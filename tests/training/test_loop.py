@@ -168,7 +168,8 @@ def test_steps_equal_a_plain_training_loop():
     assert row["policy/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert norm > 0.5, "the clip must bind for this test to mean something"
     for name, parameter in weights(policy).items():
-        torch.testing.assert_close(parameter, weights(trainer.policy)[name], rtol=0, atol=2e-5)
+        # packs of other sizes round otherwise, and AdamW divides small gradients by their own size
+        torch.testing.assert_close(parameter, weights(trainer.policy)[name], rtol=0, atol=1e-4)
 
 
 def _groups(trainer):
