@@ -13,7 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dlm_fast.ops.interval_attention import interval_attention
 from dlm_fast.ops.visibility import Visibility
+
+_LEAST_WIDTH = 64
+"""heads narrower than this are cheaper to copy than to read where they lie: a tile of the kernel
+holds rows of several sequences, and computes all of them"""
 
 
 class KeyValueStore:
@@ -124,19 +129,11 @@ class CachedRows:
 
     @cached_property
     def visibility(self) -> Visibility:
-        """The same pattern as intervals over the Tk keys of all sequences in order: what kernels
-        and tests read."""
-        begin, intervals = 0, []
-        for seen_n, num_keys in zip(
-            self.seen.split(list(self.row_lengths)), self.key_lengths, strict=True
-        ):
-            key_K = torch.arange(num_keys, device=seen_n.device)
-            lo_K = begin + torch.searchsorted(seen_n.contiguous(), key_K, right=True)
-            begin += seen_n.numel()
-            hi_K = torch.full_like(lo_K, begin)
-            intervals.append(torch.stack([lo_K, hi_K, hi_K, hi_K], 1))
+        """The same pattern over the Tk keys of all sequences in order: the definition."""
+        own_AK, lo_AK, hi_AK = self._intervals
+        lo, hi = lo_AK[own_AK], hi_AK[own_AK]
         return Visibility(
-            intervals=torch.cat(intervals).to(torch.int32),
+            intervals=torch.stack([lo, hi, hi, hi], 1).to(torch.int32),
             position_ids=self.position_ids,
             pred=self.pred,
         )
@@ -149,15 +146,26 @@ class CachedRows:
         value_GTd: Tensor,
         scale: float | None = None,
     ) -> Tensor:
-        """[H, T, d]: keeps the new keys and values, then attends. The one place to put a kernel:
-        its definition is ``interval_attention_ref`` on the keys of ``slots`` under
-        ``visibility``."""
+        """[H, T, d]: keeps the new keys and values, then attends. The definition is
+        ``interval_attention_ref`` on the keys at ``slots`` under ``visibility``."""
         rows = slice(None) if self.write_rows.numel() == self.num_queries else self.write_rows
         self.store.write(
             layer, self.write_slots, key_GTd.transpose(0, 1)[rows], value_GTd.transpose(0, 1)[rows]
         )
         key_SGd, value_SGd = self.store.layer(layer)
         query_THd = query_HTd.transpose(0, 1)
+        if query_HTd.shape[-1] >= _LEAST_WIDTH and self._slot_intervals is not None:
+            slots = slice(0, self._slot_intervals.shape[0])
+            out_THd = interval_attention(
+                query_THd, key_SGd[slots], value_SGd[slots], self._slot_intervals, scale
+            )
+        else:
+            out_THd = self._attend_densely(query_THd, key_SGd, value_SGd, scale)
+        return out_THd.transpose(0, 1)
+
+    def _attend_densely(
+        self, query_THd: Tensor, key_SGd: Tensor, value_SGd: Tensor, scale: float | None
+    ) -> Tensor:
         out_THd = torch.empty_like(query_THd, memory_format=torch.contiguous_format)
         for bucket in self._buckets:
             attended = F.scaled_dot_product_attention(
@@ -169,7 +177,44 @@ class CachedRows:
                 enable_gqa=True,
             )
             out_THd[bucket.rows] = attended.transpose(1, 2)
-        return out_THd.transpose(0, 1)
+        return out_THd
+
+    @cached_property
+    def _intervals(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Each [A, K]: whether this is a key of the sequence, and the rows lo <= i < hi that see
+        it."""
+        device = self.position_ids.device
+        row_A = torch.tensor(self.row_lengths, device=device)
+        key_A1 = torch.tensor(self.key_lengths, device=device)[:, None]
+        member_T = torch.arange(len(row_A), device=device).repeat_interleave(row_A)
+        # a row that sees the first ``seen`` keys does not see the others: lo is how many do not
+        blind_AK = torch.zeros((*self.slots.shape[:1], self.slots.shape[1] + 1), device=device)
+        blind_AK = blind_AK.to(torch.int64)
+        blind_AK.index_put_((member_T, self.seen), torch.ones_like(self.seen), accumulate=True)
+        end_A1 = row_A.cumsum(0)[:, None]
+        lo_AK = end_A1 - row_A[:, None] + blind_AK.cumsum(1)[:, :-1]
+        own_AK = torch.arange(self.slots.shape[1], device=device) < key_A1
+        return own_AK, lo_AK, end_A1.expand_as(lo_AK)
+
+    @cached_property
+    def _slot_intervals(self) -> Tensor | None:
+        """int32 [S, 4], who sees what lies in each slot, so that keys are read where they are; None
+        where the dense way is taken: on CUDA, whose kernel is compiled for a pattern and this one
+        changes at every step, and where rows that share a slot do not lie side by side."""
+        if self.position_ids.device.type != "cpu":
+            return None
+        own_AK, lo_AK, hi_AK = self._intervals
+        slot, lo, hi = self.slots[own_AK], lo_AK[own_AK], hi_AK[own_AK]
+        size = self.store.num_slots
+        first_S = torch.full((size,), self.num_queries).scatter_reduce(0, slot, lo, "amin")
+        last_S = torch.zeros(size, dtype=torch.int64).scatter_reduce(0, slot, hi, "amax")
+        count_S = torch.zeros(size, dtype=torch.int64).scatter_add(0, slot, hi - lo)
+        used_S = count_S > 0
+        if not torch.equal(count_S[used_S], (last_S - first_S)[used_S]):
+            return None
+        first_S = torch.where(used_S, first_S, 0)
+        last_S = torch.where(used_S, last_S, 0)
+        return torch.stack([first_S, last_S, last_S, last_S], 1).to(torch.int32)
 
     @cached_property
     def _buckets(self) -> tuple[_RowBucket, ...]:

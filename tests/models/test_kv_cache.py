@@ -48,18 +48,21 @@ def rows_of(store, sequences, generator):
         max_size=5,
     ),
     kv_heads=st.sampled_from([1, 2, 4]),
+    width=st.sampled_from(
+        [8, 64]
+    ),  # the kernel reads keys in place, or copies are attended densely
     seed=st.integers(0, 99),
 )
-def test_attention_is_the_definition_on_the_kept_keys(sequences, kv_heads, seed):
+def test_attention_is_the_definition_on_the_kept_keys(sequences, kv_heads, width, seed):
     generator = torch.Generator().manual_seed(seed)
     draw = {"generator": generator, "dtype": torch.float64}
     store = KeyValueStore()
     rows = rows_of(store, sequences, generator)
     kept_slots = torch.cat([rows.slots[a, :kept] for a, (kept, _) in enumerate(sequences)])
-    kept = [torch.randn(kept_slots.numel(), kv_heads, 8, **draw) for _ in range(2)]
+    kept = [torch.randn(kept_slots.numel(), kv_heads, width, **draw) for _ in range(2)]
     store.write(1, kept_slots, *kept)
-    query = torch.randn(4, rows.num_queries, 8, **draw)
-    new = [torch.randn(kv_heads, rows.num_queries, 8, **draw) for _ in range(2)]
+    query = torch.randn(4, rows.num_queries, width, **draw)
+    new = [torch.randn(kv_heads, rows.num_queries, width, **draw) for _ in range(2)]
     out = rows.attend(1, query, *new, scale=0.3)
 
     parts = [[], []]
@@ -78,6 +81,39 @@ def test_attention_is_the_definition_on_the_kept_keys(sequences, kv_heads, seed)
         [torch.arange(first[a] + k, first[a] + k + n) for a, (k, n) in enumerate(sequences)]
     )
     assert rows.visibility.dense().equal(whole[asked])
+
+
+@pytest.mark.parametrize(("order", "in_place"), [((0, 0, 1), True), ((0, 1, 0), False)])
+def test_shared_keys_are_read_in_place_where_their_rows_lie_side_by_side(order, in_place):
+    # two sequences hold the same first block, a third one has its own
+    generator = torch.Generator().manual_seed(0)
+    store = KeyValueStore()
+    store.reserve(20)
+    slots = torch.stack(
+        [
+            torch.cat([torch.arange(3) + 3 * own, 6 + 4 * a + torch.arange(4)])
+            for a, own in enumerate(order)
+        ]
+    )
+    position = torch.arange(3, 6).repeat(3)
+    rows = CachedRows(
+        store=store,
+        slots=slots,
+        key_lengths=(6, 6, 6),
+        row_lengths=(3, 3, 3),
+        position_ids=position,
+        seen=torch.full((9,), 6),
+        write_rows=torch.arange(9),
+        write_slots=slots[:, 3:6].flatten(),
+    )
+    kept = [torch.randn(6, 1, 64, generator=generator) for _ in range(2)]
+    store.write(0, torch.arange(6), *kept)
+    query, *new = (torch.randn(1, 9, 64, generator=generator) for _ in range(3))
+    assert (rows._slot_intervals is not None) == in_place
+    out = rows.attend(0, query, *new)
+    key, value = (x[slots[:, :6].flatten()] for x in store.layer(0))
+    wanted = interval_attention_ref(query.transpose(0, 1), key, value, rows.visibility)
+    torch.testing.assert_close(out.transpose(0, 1), wanted, atol=1e-5, rtol=0)
 
 
 def test_a_store_grows_and_copies_in_every_layer():

@@ -24,9 +24,8 @@ RULES = [
 
 
 def make_policy(**options):
-    policy = dlm_fast.load(
-        "tiny", width=32, layers=2, heads=2, seed=1, kind="block", block_size=BLOCK, **options
-    )
+    options = {"width": 32, "layers": 2, "heads": 2, "seed": 1, "block_size": BLOCK, **options}
+    policy = dlm_fast.load("tiny", kind="block", **options)
     with torch.no_grad():
         policy.lm_head.weight *= 12.0  # an untrained head is nearly flat: every choice a near tie
     return policy
@@ -117,10 +116,13 @@ def test_a_row_decodes_the_same_alone_and_in_any_batch(policy):
     check_same(shuffled, [alone[i] for i in order])
 
 
-@pytest.mark.parametrize("heads", [{"kv_heads": 1}, {"logit_shift": 1}])
-def test_shared_key_heads_and_shifted_logits(heads):
+@pytest.mark.parametrize(
+    "model", [{"kv_heads": 1}, {"logit_shift": 1}, {"width": 128}, {"width": 128, "logit_shift": 1}]
+)
+def test_shared_key_heads_shifted_logits_and_wide_heads(model):
     options = {"max_new_tokens": 11, "steps": 11}
-    both_ways(make_policy(**heads), prompts_of(6, 8, 3), options)
+    first, *others = prompts_of(6, 8, 3)
+    both_ways(make_policy(**model), [first, first, *others, first], options)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
