@@ -110,6 +110,22 @@ def test_forwards_hold_what_the_mode_says(deep, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_keys_before_the_block_stay_those_of_its_first_step(deep, mode):
+    prompt, size, kept = prompts_of(6)[0], 4, []
+
+    def forward(input_ids, visibility, **options):
+        stats = deep.stats(input_ids, visibility, **options)
+        start = len(prompt) + len(kept) // size * size
+        kept.append(visibility.store.layer(2)[0][visibility.slots[0, :start]])
+        return stats
+
+    config = SamplerConfig(max_new_tokens=8, block_size=size, steps=8, early_stop=False, **mode)
+    sample(deep, [prompt], config, forward=forward)
+    for step, keys in enumerate(kept):
+        assert keys.equal(kept[step // size * size])
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_row_decodes_the_same_alone_and_in_any_batch(deep, mode):
     config = SamplerConfig(
         max_new_tokens=10, block_size=4, steps=7, temperature=1.0, cache_pages=16, **mode
