@@ -40,6 +40,12 @@ def rows_of(store, sequences, generator):
     )
 
 
+def _owned(rows):
+    return [
+        s for held, n in zip(rows.slots, rows.key_lengths, strict=True) for s in held[:n].tolist()
+    ]
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     sequences=st.lists(
@@ -61,6 +67,8 @@ def test_attention_is_the_definition_on_the_kept_keys(sequences, kv_heads, width
     kept_slots = torch.cat([rows.slots[a, :kept] for a, (kept, _) in enumerate(sequences)])
     kept = [torch.randn(kept_slots.numel(), kv_heads, width, **draw) for _ in range(2)]
     store.write(1, kept_slots, *kept)
+    nobody = torch.tensor(sorted(set(range(store.num_slots)) - set(_owned(rows))))
+    store.write(1, nobody, *(torch.full((5, kv_heads, width), torch.nan, dtype=torch.float64),) * 2)
     query = torch.randn(4, rows.num_queries, width, **draw)
     new = [torch.randn(kv_heads, rows.num_queries, width, **draw) for _ in range(2)]
     out = rows.attend(1, query, *new, scale=0.3)
