@@ -1,6 +1,7 @@
 """interval_attention against dense attention by torch, on the patterns of packed training.
 
 Run: OMP_NUM_THREADS=1 python benches/bench_interval_attention.py [--rounds N] [CASE ...]
+     OMP_NUM_THREADS=1 python benches/bench_interval_attention.py --segments
      python -m pytest benches/bench_interval_attention.py --benchmark-enable
 
     ours       interval_attention
@@ -9,13 +10,15 @@ Run: OMP_NUM_THREADS=1 python benches/bench_interval_attention.py [--rounds N] [
     dense      one torch call under a [Tq, Tk] mask
 
 All take float32 and bfloat16 as a policy hands them over: [1, heads, rows, width] views of packed
-rows. The table has least process CPU times, providers in turn in one process, and their ratios.
+rows. Cells: milliseconds of ours, then the times of segments and dense relative to it: least
+process CPU times, providers in turn in one process.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -139,29 +142,37 @@ def test_interval_attention(benchmark, case, dtype, train, name):
     benchmark(work(name, CASES[case](), DTYPES[dtype], train))
 
 
+def ratios(case: Case, dtype: torch.dtype, train: bool, rounds: int, rivals: Sequence[str]) -> str:
+    """Milliseconds of ours, and the times of the others relative to it."""
+    works = {p: work(p, case, dtype, train) for p in ("ours", *rivals)}
+    timed = interleaved(works, cpu_clock, Plan(rounds=rounds, patience=1))
+    times = {p: summary(t)["cpu_s"]["least"] for p, t in timed.items()}
+    others = " / ".join(f"{times[p] / times['ours']:.2f}" for p in rivals)
+    return f"{1e3 * times['ours']:.3g}: {others}"
+
+
+def line(name: str, case: Case, rounds: int, rivals: Sequence[str]) -> None:
+    cells = [ratios(case, d, t, rounds, rivals) for d in DTYPES.values() for t in (False, True)]
+    print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("cases", nargs="*", choices=[[], *CASES], metavar="CASE")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--segments", action="store_true", help="4096 rows in equal segments")
     args = parser.parse_args()
-    print("| case | type | step | ours ms | segments / ours | dense / ours |")
-    print("|---|---|---|---|---|---|")
+    print("| case | float32 forward | and backward | bfloat16 forward | and backward |")
+    print("|---|---|---|---|---|")
+    if args.segments:
+        for length, width in itertools.product((16, 33, 64, 100, 128, 200), (24, 64)):
+            case = Case(Visibility.full([length] * (4096 // length)), 4, 4, width)
+            line(f"{length} rows, width {width}", case, args.rounds, PROVIDERS[1:2])
+        return
     for name in args.cases or CASES:
-        case = CASES[name]()
-        for dtype in DTYPES:
-            for train in (False, True):
-                works = {p: work(p, case, DTYPES[dtype], train) for p in PROVIDERS}
-                timed = interleaved(works, cpu_clock, Plan(rounds=args.rounds))
-                times = {p: summary(t)["cpu_s"]["least"] for p, t in timed.items()}
-                ratios = [times[p] / times["ours"] for p in PROVIDERS[1:]]
-                step = "forward and backward" if train else "forward"
-                print(
-                    f"| {name} | {dtype} | {step} | {1e3 * times['ours']:.2f} | "
-                    f"{ratios[0]:.2f} | {ratios[1]:.2f} |",
-                    flush=True,
-                )
+        line(name, CASES[name](), args.rounds, PROVIDERS[1:])
 
 
 if __name__ == "__main__":
