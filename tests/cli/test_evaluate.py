@@ -152,7 +152,8 @@ def test_sigkill_leaves_the_answers_so_far(small_run, tmp_path):
     words = f"{small_run / 'model'} --task {reward}:score --data {data} --answers {out}"
     sizes = "--rollout.max-new-tokens 4 --rollout.block-size 4 --rollout.steps 2 --batch-size 1"
     command = [sys.executable, "-m", "dlm_fast", "evaluate", *words.split(), *sizes.split()]
-    assert subprocess.run(command, capture_output=True).returncode == -9
+    # elsewhere: a checkout in the working directory would hide the installed package
+    assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == -9
     partial = tmp_path / "out.jsonl.partial"
     lines = rows_of(partial)
     assert "options" in lines[0] and [row["index"] for row in lines[1:]] == [0, 1, 2, 3]

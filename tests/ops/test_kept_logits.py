@@ -77,7 +77,7 @@ def test_any_room_will_do(n, v, limit, data):
         p.hidden[int(p.rows[row])] = float("nan")
     (_, gradients), (_, again) = both_ways(p, (value, None, None), limit=limit)
     for ours, other in zip(gradients, again, strict=True):
-        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=2e-5)
 
 
 def kept_numbers(n, v, *, grad=True, dtype=torch.float32):
