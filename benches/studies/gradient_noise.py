@@ -27,7 +27,7 @@ from dlm_fast.training.demonstration import DemonstrationConfig
 from dlm_fast.training.gradient_noise import Measurement, NoiseConfig, measure_tiny
 from dlm_fast.training.noise_report import plot, report
 
-NOISE = NoiseConfig(samples=(1, 2, 4, 8, 16), repetitions=64, prompts=4, group_size=4)
+NOISE = NoiseConfig(samples=(1, 2, 4, 8, 16), repetitions=32, prompts=4, group_size=4)
 WARM_START_STEPS = DemonstrationConfig().warm_start_steps
 
 

@@ -218,3 +218,15 @@ def test_trees_are_removed_whatever_they_are(tmp_path):
     leftovers.remove_tree(str(tree))
     assert not tree.exists()
     assert (outside / "kept").read_text() == "x"
+
+
+def test_a_child_born_while_processes_are_listed_is_found(monkeypatch):
+    """Its parent stands in the list and has ended at the look; the child comes in a later list."""
+    lists = iter([[10, 30], [11, 30], [11, 30], [30], [30]])
+    environments = {30: b"", 11: f"{leftovers.MARK}=1-2".encode()}
+    monkeypatch.setattr(leftovers, "_processes", lambda: next(lists))
+    monkeypatch.setattr(leftovers, "_environment", lambda pid: environments.get(pid, b""))
+    killed = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
+    leftovers.kill_marked("1-2")
+    assert killed == [11, 11] and list(lists) == [[30]]

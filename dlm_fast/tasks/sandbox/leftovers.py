@@ -30,10 +30,16 @@ def kill_marked(token: str) -> None:
     """Ends every process that was started with a mark in its environment, whatever its parent."""
     mark = f"{MARK}={token}".encode()
     deadline = time.monotonic() + _SECONDS
+    silent_before: set[int] = set()
     while time.monotonic() < deadline:
-        found = [pid for pid in _processes() if mark in _environment(pid)]
-        if not found:
+        environments = {pid: _environment(pid) for pid in _processes()}
+        found = [pid for pid, environment in environments.items() if mark in environment]
+        silent = {pid for pid, environment in environments.items() if not environment}
+        # One that ended between the list and the look may have left a child that is not in the
+        # list; those that are silent again are the kernel's own or other users'.
+        if not found and silent <= silent_before:
             return
+        silent_before = silent
         for pid in found:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
