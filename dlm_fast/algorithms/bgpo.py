@@ -53,6 +53,7 @@ from dlm_fast.algorithms.elbo import (
     Sampler,
     micro_batches,
 )
+from dlm_fast.algorithms.mini_batches import MiniBatches
 from dlm_fast.algorithms.options import (
     check_choices,
     check_mini_batch,
@@ -206,8 +207,10 @@ class BGPO(Algorithm):
         self.num_prompts = num_prompts
         self.mask_id = mask_id
         self.seed = seed
-        everything = num_prompts * config.group_size
-        self.num_updates = -(-everything // (config.mini_batch or everything))
+        self.mini_batches = MiniBatches(
+            num_prompts=num_prompts, group_size=config.group_size, mini_batch=config.mini_batch
+        )
+        self.num_updates = self.mini_batches.num_updates
         self.scorer = Scorer(mask_id=mask_id)
 
     def loss(self, micro: Micro, forward: Callable[..., Any]) -> tuple[Tensor, Metrics]:
@@ -250,9 +253,7 @@ class BGPO(Algorithm):
         for group in groups:
             advantage_G = group_advantage(group.rewards, self.config.advantage).tolist()
             for trajectory, advantage in zip(group.trajectories, advantage_G, strict=True):
-                # by the prompt's place in the iteration: the same steps on any layout of ranks
-                place = trajectory.group_id % self.num_prompts
-                update = place * self.num_updates // self.num_prompts
+                update = self.mini_batches.update_of(trajectory.group_id)
                 length = masking.num_scored(trajectory)
                 by_update[update].append(self._rollout(trajectory, advantage, length, update > 0))
         everyone = [rollout for members in by_update for rollout in members]

@@ -44,6 +44,7 @@ from dlm_fast.algorithms.contract import (
     TrainedModule,
     Update,
 )
+from dlm_fast.algorithms.mini_batches import MiniBatches
 from dlm_fast.algorithms.options import (
     check_choices,
     check_mini_batch,
@@ -203,8 +204,9 @@ class TraceRL(Algorithm):
     ) -> None:
         self.config, self.rollout = config, rollout
         self.num_prompts, self.mask_id, self.seed = num_prompts, mask_id, seed
-        everything = num_prompts * config.group_size
-        self.num_updates = -(-everything // (config.mini_batch or everything))
+        self.mini_batches = MiniBatches(
+            num_prompts=num_prompts, group_size=config.group_size, mini_batch=config.mini_batch
+        )
         self._policy: Any = None
         self._forbid_ids: tuple[int, ...] = ()
 
@@ -256,8 +258,7 @@ class TraceRL(Algorithm):
                 "causal; take a diffusion model (LLaDA, Dream, SDAR, tiny)"
             )
         self._policy = bare
-        never = (family.mask_id, *family.unused_ids, *self.rollout.forbid_ids)
-        self._forbid_ids = tuple(dict.fromkeys(never))
+        self._forbid_ids = self.rollout.never_drawn(family)
         trained = super().modules(policy)
         if self.config.value == "own":
             trained["value"] = TrainedModule(
@@ -276,7 +277,7 @@ class TraceRL(Algorithm):
         """Rows of all optimizer steps, advantages, old log-probabilities and values."""
         records = self._records(groups, context)
         steps = []
-        for update in range(self.num_updates):
+        for update in range(self.mini_batches.num_updates):
             members = [record for record in records if record.update == update]
             steps.append(self._step(members, update, context))
         everything = [tokens for step in steps for tokens in step]
@@ -305,9 +306,7 @@ class TraceRL(Algorithm):
                 response = self._traced(trajectory, context.iteration)
                 if response.num_targets == 0:
                     continue
-                # by the prompt's place in the iteration: the same on any layout of ranks
-                place = trajectory.group_id % self.num_prompts
-                update = place * self.num_updates // self.num_prompts
+                update = self.mini_batches.update_of(trajectory.group_id)
                 records.append(Record(traced=response, advantage=advantage, update=update))
         dropped = float(len(groups) - len(kept))
         context.metrics["trace/dropped_groups"] = (dropped, float(len(groups)))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dlm_fast.ops.visibility import Visibility
-from dlm_fast.rollout.requests import never_drawn
 from dlm_fast.rollout.sampler import evaluating
 from dlm_fast.rollout.sampler_config import SamplerConfig
 from dlm_fast.rollout.trajectory import Trajectory
@@ -64,7 +63,7 @@ def replay_logprobs(
             visibility,
             rows=policy.predicting_rows(torch.cat(rows).to(device, torch.int32), visibility),
             targets=final_L[column_N].to(device),
-            forbid_ids=never_drawn(family, config),
+            forbid_ids=config.never_drawn(family),
         )
         logprob_L[column_N] = stats.logprob.float().cpu()
     return logprob_L

@@ -51,11 +51,6 @@ def check_family(policy: Any, config: SamplerConfig) -> None:
         )
 
 
-def never_drawn(family: Any, config: SamplerConfig) -> tuple[int, ...]:
-    """Ids that no draw gives, each once."""
-    return tuple(dict.fromkeys((family.mask_id, *family.unused_ids, *config.forbid_ids)))
-
-
 def check_rule(rule: UnmaskRule, config: SamplerConfig) -> None:
     """A rule that looks at the whole window needs all of it in every forward."""
     if rule.whole_window and config.cache != "none":

@@ -31,7 +31,6 @@ from dlm_fast.rollout.requests import (
     check_prompts,
     check_rule,
     check_sequence_ids,
-    never_drawn,
 )
 from dlm_fast.rollout.sampler_config import ENTROPY_RULES, SamplerConfig
 from dlm_fast.rollout.trajectory import Trajectory
@@ -135,7 +134,7 @@ class _Loop:
         self.config, self.rule = config, rule
         self.token_rng = Rng.of(seed, Stream.TOKEN, sequence_ids).to(windows.device)
         self.unmask_rng = Rng.of(seed, Stream.UNMASK, sequence_ids).to(windows.device)
-        self.forbid_ids = never_drawn(policy.family, config)
+        self.forbid_ids = config.never_drawn(policy.family)
 
     def step(self, row_A: Tensor) -> None:
         windows = self.windows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 BOUND_MEANINGS = {
     "dynamic": "positions above it are revealed together; TraceRL uses 0.9",
@@ -173,3 +173,7 @@ class SamplerConfig:
     def num_blocks(self) -> int:
         """Blocks of the window when it begins on the block grid."""
         return -(-self.max_new_tokens // self.block_size)
+
+    def never_drawn(self, family: Any) -> tuple[int, ...]:
+        """Ids that no draw from a model of ``family`` gives, each once."""
+        return tuple(dict.fromkeys((family.mask_id, *family.unused_ids, *self.forbid_ids)))
