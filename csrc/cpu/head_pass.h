@@ -28,7 +28,30 @@ struct RowBlock {
   int64_t size() const {
     return static_cast<int64_t>(hidden_row.size());
   }
+  void add(const HeadInputs& in, int64_t i) {
+    const int64_t wanted = in.targets ? in.targets[i] : kIgnored;
+    output.push_back(i);
+    hidden_row.push_back(in.rows ? in.rows[i] : i);
+    target.push_back(wanted == kIgnored ? kNoTarget : wanted);
+  }
 };
+
+// Outputs whose target is not ignored.
+inline std::vector<int64_t> outputs_with_target(const HeadInputs& in) {
+  std::vector<int64_t> outputs;
+  for (int64_t i = 0; i < in.n; ++i)
+    if (in.targets[i] != kIgnored) outputs.push_back(i);
+  return outputs;
+}
+
+// The rows of a list's outputs from place `first` on, `count` of them where there are so many.
+inline RowBlock rows_of(const HeadInputs& in, const std::vector<int64_t>& outputs, int64_t first,
+                        int64_t count) {
+  RowBlock rows;
+  const int64_t end = std::min<int64_t>(first + count, static_cast<int64_t>(outputs.size()));
+  for (int64_t place = first; place < end; ++place) rows.add(in, outputs[place]);
+  return rows;
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -60,18 +83,15 @@ class HeadPass {
 
   // Rows of one pass where no logits are kept.
   static constexpr int64_t kRowsWithoutLogits = 4 * kGroupRows;
-  // Bytes of logits that are kept at most.
-  static constexpr int64_t kWorkspaceBytes = int64_t{80} << 20;
 
   // Rows whose logits can all be kept.
   int64_t rows_with_logits() const {
     const int64_t per_panel = blocks_ * panel_size_ * static_cast<int64_t>(sizeof(Real));
-    return k_.panel *
-           std::clamp<int64_t>(kWorkspaceBytes / per_panel, 1, kRowsWithoutLogits / k_.panel);
+    return k_.panel * std::clamp<int64_t>(kKeptBytes / per_panel, 1, kRowsWithoutLogits / k_.panel);
   }
 
   // Blocks of the vocabulary whose logits can be kept for some rows.
-  int64_t blocks_to_keep(int64_t num_rows, int64_t bytes = kWorkspaceBytes) const {
+  int64_t blocks_to_keep(int64_t num_rows, int64_t bytes = kKeptBytes) const {
     const int64_t per_block =
         ceil_div(num_rows, k_.panel) * panel_size_ * static_cast<int64_t>(sizeof(Real));
     return std::min(blocks_, bytes / std::max<int64_t>(per_block, 1));

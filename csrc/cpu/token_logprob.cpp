@@ -15,20 +15,6 @@ namespace {
 static_assert(kKeptColumns % kBlockV == 0 && kKeptRows % (2 * 16) == 0,
               "whole blocks of the vocabulary and panels of every instruction set");
 
-// Rows [first, first + count) of those that take part, listed by their position in the outputs.
-RowBlock slice(const HeadInputs& in, const std::vector<int64_t>& kept, int64_t first,
-               int64_t count) {
-  RowBlock rows;
-  const int64_t end = std::min<int64_t>(first + count, static_cast<int64_t>(kept.size()));
-  for (int64_t i = first; i < end; ++i) {
-    const int64_t output = kept[i];
-    rows.output.push_back(output);
-    rows.hidden_row.push_back(in.rows ? in.rows[output] : output);
-    rows.target.push_back(in.targets[output]);
-  }
-  return rows;
-}
-
 // The room for logits, in equal parts for the blocks of rows that the backward pass takes.
 template <typename Real>
 class KeptParts {
@@ -54,27 +40,20 @@ class KeptParts {
   int64_t bytes_;  // of a part
 };
 
-std::vector<int64_t> rows_with_target(const HeadInputs& in) {
-  std::vector<int64_t> rows;
-  for (int64_t i = 0; i < in.n; ++i)
-    if (in.targets[i] != kIgnored) rows.push_back(i);
-  return rows;
-}
-
 template <typename Real>
 void forward(const HeadInputs& in, const TokenLogprobOutputs& out, const KeptLogits& logits) {
   Real* const outputs[5] = {static_cast<Real*>(out.logprob), static_cast<Real*>(out.lse),
                             static_cast<Real*>(out.entropy), static_cast<Real*>(out.row_max),
                             static_cast<Real*>(out.log_sum)};
   for (Real* output : outputs) std::fill_n(output, in.n, Real(0));
-  const std::vector<int64_t> kept = rows_with_target(in);
+  const std::vector<int64_t> kept = outputs_with_target(in);
   const int64_t total = static_cast<int64_t>(kept.size());
   const KeptParts<Real> parts(logits, total);
 
   HeadPass<Real> pass(in);
   const int64_t step = parts.any() ? kRowsWithGradient : pass.kRowsWithoutLogits;
   for (int64_t first = 0; first < total; first += step) {
-    const RowBlock rows = slice(in, kept, first, step);
+    const RowBlock rows = rows_of(in, kept, first, step);
     pass.load(rows);
     const auto look = [](int64_t, int64_t, const Real*) {};
     if (parts.any())
@@ -123,7 +102,7 @@ std::vector<RowGradient<Real>> row_gradients(const RowBlock& rows, const TokenLo
 template <typename Real>
 void backward(const HeadInputs& in, const TokenLogprobOutputs& fwd, const KeptLogits& logits,
               const TokenLogprobCotangents& cotangents, const HeadGradients& out) {
-  const std::vector<int64_t> all = rows_with_target(in);
+  const std::vector<int64_t> all = outputs_with_target(in);
   std::vector<int64_t> active;
   for (const int64_t i : all)
     if (has_cotangent<Real>(cotangents, i)) active.push_back(i);
@@ -139,7 +118,7 @@ void backward(const HeadInputs& in, const TokenLogprobOutputs& fwd, const KeptLo
     HeadPass<Real> pass(in);
     HeadBackward<Real> step(in, sums);
     for (int64_t first = 0; first < total; first += kRowsWithGradient) {
-      const RowBlock rows = slice(in, taken, first, kRowsWithGradient);
+      const RowBlock rows = rows_of(in, taken, first, kRowsWithGradient);
       pass.load(rows);
       if (use_kept) pass.use_kept(parts.blocks(pass, rows), parts.place(first));
       if (pass.kept_blocks() == pass.blocks()) pass.drop_rows();

@@ -55,12 +55,7 @@ class StatsStep {
  private:
   RowBlock take(int64_t first, int64_t end) const {
     RowBlock rows;
-    for (int64_t i = first; i < end; ++i) {
-      const int64_t target = in_.targets ? in_.targets[i] : kIgnored;
-      rows.output.push_back(i);
-      rows.hidden_row.push_back(in_.rows ? in_.rows[i] : i);
-      rows.target.push_back(target == kIgnored ? kNoTarget : target);
-    }
+    for (int64_t i = first; i < end; ++i) rows.add(in_, i);
     return rows;
   }
 

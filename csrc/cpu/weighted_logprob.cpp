@@ -20,26 +20,25 @@ class WeightedStep {
       : in_(inputs),
         row_weight_(static_cast<const Real*>(row_weight)),
         logprob_(static_cast<Real*>(logprob)),
-        pass_(inputs) {
+        pass_(inputs),
+        outputs_(outputs_with_target(inputs)) {
     std::fill_n(logprob_, in_.n, Real(0));
-    for (int64_t i = 0; i < in_.n; ++i)
-      if (in_.targets[i] != kIgnored) kept_.push_back(i);
   }
 
   double run(const HeadGradients& out) {
-    const int64_t total = static_cast<int64_t>(kept_.size());
+    const int64_t total = static_cast<int64_t>(outputs_.size());
     if (total == 0) clear_gradients(in_, out);
     double objective = 0;
     if (!out.hidden && !out.weight && !out.bias) {
       for (int64_t first = 0; first < total; first += pass_.kRowsWithoutLogits)
-        objective += forward(rows_at(first, pass_.kRowsWithoutLogits), 0);
+        objective += forward(rows_of(in_, outputs_, first, pass_.kRowsWithoutLogits), 0);
       return objective;
     }
     const int64_t step = rows_of_sweep(pass_, out, total);
     with_rounded_weight(in_, out, total <= step, [&](const HeadGradients& sums) {
       HeadBackward<Real> backward(in_, sums);
       for (int64_t first = 0; first < total; first += step) {
-        const RowBlock rows = rows_at(first, step);
+        const RowBlock rows = rows_of(in_, outputs_, first, step);
         objective += forward(rows, pass_.blocks_to_keep(rows.size()));
         if (pass_.kept_blocks() == pass_.blocks()) pass_.drop_rows();
         backward.run(pass_, gradients_, first == 0);
@@ -49,18 +48,6 @@ class WeightedStep {
   }
 
  private:
-  // Rows [first, first + count) of those whose target is not ignored.
-  RowBlock rows_at(int64_t first, int64_t count) const {
-    RowBlock rows;
-    const int64_t end = std::min<int64_t>(first + count, static_cast<int64_t>(kept_.size()));
-    for (int64_t i = first; i < end; ++i) {
-      rows.output.push_back(kept_[i]);
-      rows.hidden_row.push_back(in_.rows ? in_.rows[kept_[i]] : kept_[i]);
-      rows.target.push_back(in_.targets[kept_[i]]);
-    }
-    return rows;
-  }
-
   // Log-probabilities, their part of the objective, and what the gradient needs.
   double forward(const RowBlock& rows, int64_t kept_blocks) {
     pass_.load(rows);
@@ -86,7 +73,7 @@ class WeightedStep {
   const Real* row_weight_;
   Real* logprob_;
   HeadPass<Real> pass_;
-  std::vector<int64_t> kept_;  // outputs whose target is not ignored
+  std::vector<int64_t> outputs_;  // those whose target is not ignored
   std::vector<RowGradient<Real>> gradients_;
 };
 

@@ -29,6 +29,9 @@ struct HeadInputs {
 
 constexpr int64_t kIgnored = -100;
 
+// Logits that an op keeps at most: for a filter, for a gradient, for the backward pass.
+constexpr int64_t kKeptBytes = int64_t{80} << 20;
+
 // Throws std::invalid_argument unless sizes, rows, targets and forbidden ids fit together.
 void check_head_inputs(const HeadInputs& inputs, const char* op);
 

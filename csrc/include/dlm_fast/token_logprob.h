@@ -26,10 +26,9 @@ struct KeptLogits {
   void* data;
   int64_t bytes;
 };
-// All logits of N rows take the room of N and V rounded up to multiples of these; more than the
-// limit is not asked for, so that what a call leaves behind is bounded.
+// All logits of N rows take the room of N and V rounded up to multiples of these; more than
+// kKeptBytes is not asked for, so that what a call leaves behind is bounded.
 constexpr int64_t kKeptRows = 32, kKeptColumns = 252;
-constexpr int64_t kKeptBytes = int64_t{80} << 20;
 
 // Null where a gradient is not wanted.
 struct HeadGradients {
