@@ -18,7 +18,7 @@ def rollout(step, *, prompt=(5, 6, 7), ids=None, **fields):
     """A recorded response; ids are no special tokens."""
     ids = list(range(10, 10 + len(step))) if ids is None else ids
     return Trajectory(
-        prompt_ids=torch.tensor(prompt),
+        prompt_ids=torch.tensor(prompt, dtype=torch.int64),
         response_ids=torch.tensor(ids),
         step_map=torch.tensor(step, dtype=torch.int32),
         logp_rollout=torch.full((len(step),), -1.0),

@@ -97,9 +97,12 @@ def traced(
             "sampled rollouts, not demonstrations"
         )
     ids = torch.cat([trajectory.response_ids, trajectory.tail_ids])
-    step = trajectory.step_map.to(torch.int32).clone()
+    step = _checked_steps(trajectory, ids, eos_ids)
+    if kind == "block":
+        _check_block_order(step, trajectory.prompt_length, block_size)
     is_drawn = step > 0
-    is_given = torch.zeros_like(is_drawn)
+    # nothing is filled into a tail: what was not drawn there was given
+    is_given = ~is_drawn & (torch.arange(len(ids)) >= trajectory.response_length)
     if trajectory.hint_mask is not None:
         is_given[: trajectory.response_length] = trajectory.hint_mask
     step[~is_drawn & ~is_given] = NEVER
@@ -120,6 +123,53 @@ def traced(
         step=step[None, :count],
         trainable=trainable[None, :count],
     )
+
+
+def _checked_steps(trajectory: Trajectory, ids: Tensor, eos_ids: Sequence[int]) -> Tensor:
+    """int32 [n]: a copy of the recorded steps, one of each token."""
+    assert trajectory.step_map is not None
+    for name, recorded in (
+        ("step_map", trajectory.step_map),
+        ("logp_rollout", trajectory.logp_rollout),
+    ):
+        if recorded is not None and recorded.shape != ids.shape:
+            raise ValueError(
+                f"a rollout's {name} has shape {list(recorded.shape)} for "
+                f"{trajectory.response_length} response and {trajectory.tail_ids.numel()} tail "
+                "tokens; it must hold one number of each, in their order"
+            )
+    step = trajectory.step_map.to(torch.int32).clone()
+    length = trajectory.response_length
+    is_named = step[:length] > 0
+    is_named |= torch.isin(trajectory.response_ids, torch.tensor(list(eos_ids), dtype=torch.int64))
+    if trajectory.hint_mask is not None:
+        is_named |= trajectory.hint_mask
+    wrong = torch.cat([~is_named, torch.zeros(len(ids) - length, dtype=torch.bool)]) | (step < 0)
+    if bool(wrong.any()):
+        token = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"a rollout's step_map says {int(step[token])} at token {token}; steps count from 1, "
+            "and 0 is for given tokens (hint_mask) and end of text that was filled in"
+        )
+    return step
+
+
+def _check_block_order(step: Tensor, prompt: int, block_size: int) -> None:
+    """A block is finished before the next one begins."""
+    drawn = (step > 0).nonzero()[:, 0]
+    blocks, of_drawn = ((prompt + drawn) // block_size).unique(return_inverse=True)
+    first = torch.full((len(blocks),), NEVER, dtype=torch.int32)
+    first = first.scatter_reduce(0, of_drawn, step[drawn], "amin")
+    last = torch.zeros_like(first).scatter_reduce(0, of_drawn, step[drawn], "amax")
+    early = (last[:-1] >= first[1:]).nonzero()[:, 0]
+    if early.numel():
+        i = int(early[0])
+        raise ValueError(
+            f"a rollout's step_map reveals tokens of block {int(blocks[i + 1])} at step "
+            f"{int(first[i + 1])} and still some of block {int(blocks[i])} at step {int(last[i])}; "
+            f"blocks of {block_size} tokens from position 0 finish one after the other, so it was "
+            "sampled with other blocks"
+        )
 
 
 def randomly_masked(

@@ -66,8 +66,11 @@ def test_every_token_is_scored_in_its_state(kind, estimator, shrink, budget, see
     responses = []
     for member in range(3):
         count = int(torch.randint(1, 9, (), generator=generator))
-        step = torch.randint(1, 5, (count,), generator=generator).tolist()
+        step = torch.randint(1, 5, (count,), generator=generator)
         prompt = [3, 4, 5, 6, 7][: 2 + member % 2]
+        if kind == "block":  # decoded one after the other
+            step += (len(prompt) + torch.arange(count)) // 4 * 4
+        step = step.tolist()
         trajectory = rollout(step, prompt=prompt, group_id=member % 2, sequence_id=member)
         response = traced(trajectory, kind=kind, eos_ids=[], block_size=4)
         if estimator != "trace":
@@ -130,7 +133,8 @@ MODELS = {kind: tiny(kind) for kind in ("full", "block")}
 
 def test_drawn_masks():
     """Oracle T15; one rate per block gives the published law of mask counts."""
-    response = traced(rollout([1] * 4000, prompt=()), kind="block", eos_ids=[], block_size=4)
+    steps = [1 + i // 4 for i in range(4000)]
+    response = traced(rollout(steps, prompt=()), kind="block", eos_ids=[], block_size=4)
     options = {"num_masks": 2, "low": 0.1, "high": 0.9, "block_size": 4, "seed": 1}
     pair = randomly_masked(response, estimator="coupled", **options)
     assert bool((pair.trainable[0] ^ pair.trainable[1]).all())

@@ -370,3 +370,23 @@ def test_only_what_is_asked_for_is_differentiated():
         assert not token_logprob(*p.head, rows=p.rows).logprob.requires_grad
     result = token_logprob(p.hidden.detach(), p.weight, p.targets, rows=p.rows)
     assert not result.logprob.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "logprob"),
+    [
+        ({}, [-0.440190, -1.440190, -2.440190, -3.440190]),
+        ({"temperature": 0.5}, [-0.145078, -2.145078, -4.145078, -6.145078]),
+        ({"forbid_ids": [3]}, [-0.407606, -1.407606, -2.407606]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", [token_logprob, token_logprob_ref])
+def test_published_numbers(op, options, logprob):
+    """Oracle T13: logits 2, 1, 0, -1 of one row, and every target that may be one."""
+    hidden = torch.ones(len(logprob), 1)
+    weight = torch.tensor([[2.0], [1.0], [0.0], [-1.0]])
+    found = op(hidden, weight, torch.arange(len(logprob)), **options)
+    assert found.logprob.tolist() == pytest.approx(logprob, abs=1e-6)
+    if not options:
+        assert found.entropy.tolist() == pytest.approx([0.947537] * 4, abs=1e-6)

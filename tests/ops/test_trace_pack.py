@@ -64,6 +64,8 @@ def test_grid():
     assert pack.visibility.intervals[pack.rows.long(), 0].unique().numel() == 5
     moved = chain([7, 7, 7], range(8), step, block_size=4, grid_shift=1)
     assert moved.visibility.intervals[moved.rows.long(), 0].unique().numel() == 6
+    block = moved.token // 4
+    assert [set(moved.step[block == b].tolist()) for b in (0, 1)] == [{1, 2, 3}, {3, 4, 5}]
 
 
 def test_worked_examples():
