@@ -174,7 +174,7 @@ def run(
         policy.zero_grad()
         loss, sums, forwards = 0.0, {}, 0
         for micro in update.micros:
-            value, metrics = algorithm.loss(micro, policy)
+            value, metrics = (update.loss or algorithm.loss)(micro, policy)
             value.backward()
             loss, forwards = loss + value.item(), forwards + 1
             for name, (total, count) in metrics.items():

@@ -181,16 +181,19 @@ def randomly_masked(
     high: float,
     block_size: int | None,
     seed: int,
+    offset: int | None = None,
 ) -> Traced:
     """The same response with drawn masks in place of its trace: masked tokens are targets.
 
     A copy's rate of masking is uniform between ``low`` and ``high``; where ``block_size`` is given
-    each block has a rate of its own. ``coupled`` draws ``num_masks`` / 2 masks, each followed by
-    its complement. Tokens that are never targets keep their place in the trace if they were known,
-    and are masked otherwise.
+    each block has a rate of its own. ``offset`` is the place of the response's first token on the
+    grid of blocks, by default its position in the sequence. ``coupled`` draws ``num_masks`` / 2
+    masks, each followed by its complement. Tokens that are never targets keep their place in the
+    trace if they were known, and are masked otherwise.
     """
     may_train = response.trainable[0]
-    count, prompt = len(response.ids), response.trajectory.prompt_length
+    count = len(response.ids)
+    offset = response.trajectory.prompt_length if offset is None else offset
     draws = num_masks // 2 if estimator == "coupled" else num_masks
     masks = []
     rng = Rng.of(seed, Stream.MASK, [response.trajectory.sequence_id])
@@ -198,7 +201,7 @@ def randomly_masked(
     group = (
         torch.zeros(count, dtype=torch.int64)
         if block_size is None
-        else (torch.arange(count) + prompt) // block_size - prompt // block_size
+        else (torch.arange(count) + offset) // block_size - offset // block_size
     )
     for draw in range(draws):
         uniform = philox_uniform(rng.at(draw=draw), max(1, count))[0, :count]
@@ -239,11 +242,13 @@ def rows_of_slices(
 
 def _slices(step: Tensor, trainable: Tensor, shrink: int) -> Iterator[tuple[int, Tensor]]:
     """(merged step, merged steps of all tokens) of each slice that has a target."""
+    if not bool(trainable.any()):
+        return
     groups = step[(step > 0) & (step < NEVER)].unique().split(shrink)
     merged = step.clone()
     for group in groups:
         merged[torch.isin(step, group)] = group[-1]
-    for value in (int(group[-1]) for group in groups if len(group)):
+    for value in (int(group[-1]) for group in groups):
         if bool((trainable & (merged == value)).any()):
             yield value, merged
 

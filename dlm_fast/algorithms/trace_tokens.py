@@ -188,10 +188,10 @@ def has_share(group: Group, low: float, high: float) -> bool:
     return low * count - 1e-9 <= correct <= high * count + 1e-9
 
 
-def row_counts(tokens: Sequence[Tokens], responses: int) -> Metrics:
+def row_counts(packs: Sequence[TargetRows], responses: int) -> Metrics:
     """Rows that are forwarded and tokens that are scored, per response."""
-    rows = sum(one.rows.input_ids.numel() for one in tokens)
-    targets = sum(one.rows.rows.numel() for one in tokens)
+    rows = sum(one.input_ids.numel() for one in packs)
+    targets = sum(one.rows.numel() for one in packs)
     return {
         "trace/rows_per_response": (float(rows), float(responses)),
         "trace/targets_per_response": (float(targets), float(responses)),

@@ -281,7 +281,7 @@ class TraceRL(Algorithm):
             members = [record for record in records if record.update == update]
             steps.append(self._step(members, update, context))
         everything = [tokens for step in steps for tokens in step]
-        context.metrics |= row_counts(everything, len(records))
+        context.metrics |= row_counts([t.rows for t in everything], len(records))
         policy = [] if context.iteration < self.config.value_pretraining else steps
         return Samples(policy=policy, value=everything if self.config.value == "own" else [])
 
