@@ -5,6 +5,13 @@ from dlm_fast.ops.grad_accumulator import GradAccumulator, GradStatistics
 from dlm_fast.ops.head_sample_grad_norm import head_sample_grad_norm, head_sample_grad_norm_ref
 from dlm_fast.ops.interval_attention import interval_attention, interval_attention_ref
 from dlm_fast.ops.mask_tokens import Masked, mask_tokens, mask_tokens_ref
+from dlm_fast.ops.merge_attention_states import (
+    AttentionState,
+    lse_from_natural,
+    lse_to_natural,
+    merge_attention_states,
+    merge_attention_states_ref,
+)
 from dlm_fast.ops.philox import Rng, Stream, gumbel, mix64, philox_uniform, philox_uniform_ref
 from dlm_fast.ops.sample_grad_norm import sample_grad_norm, sample_grad_norm_ref
 from dlm_fast.ops.token_logprob import TokenLogprob, token_logprob, token_logprob_ref
@@ -18,6 +25,7 @@ from dlm_fast.ops.trace_pack import (
     trace_conditionals_ref,
     trace_pack,
 )
+from dlm_fast.ops.tree_kv_pool import PoolNode, PoolStats, Refill, TreeKVPool, TreePoolExhausted
 from dlm_fast.ops.unmask_select import unmask_select, unmask_select_ref
 from dlm_fast.ops.visibility import Visibility
 from dlm_fast.ops.weighted_logprob import (
@@ -50,6 +58,16 @@ __all__ = [
     "fill_bins",
     "interval_attention",
     "interval_attention_ref",
+    "merge_attention_states",
+    "merge_attention_states_ref",
+    "AttentionState",
+    "lse_to_natural",
+    "lse_from_natural",
+    "TreeKVPool",
+    "TreePoolExhausted",
+    "PoolNode",
+    "PoolStats",
+    "Refill",
     "Rng",
     "Stream",
     "gumbel",

@@ -78,6 +78,24 @@ class Visibility:
         first, last, offset = _segment_bounds(lengths)
         return _packed(lengths, first + offset // block_size * block_size, last)
 
+    @staticmethod
+    def tree(parents: Sequence[int], lengths: Sequence[int]) -> Visibility:
+        """Every token sees itself and the tokens before it on its path from the root.
+
+        Nodes in depth-first order: ``parents[n]`` is the node that n continues, -1 for a root, and
+        the descendants of a node follow it at once. ``lengths`` are their tokens, 0 or more.
+        Source: tree packing of TreePO, arXiv 2508.17445.
+        """
+        rows = _tree_rows(parents, lengths)
+        row = torch.arange(len(rows.end))
+        end = torch.tensor(rows.end, dtype=torch.int64)
+        return Visibility(
+            intervals=torch.stack([row, end, end, end], dim=1).to(torch.int32),
+            position_ids=torch.tensor(rows.position, dtype=torch.int64),
+            pred=torch.tensor(rows.pred, dtype=torch.int32),
+            lengths=rows.tree_lengths,
+        )
+
     def dense(self) -> Tensor:
         """bool [Tq, Tk], True where the row sees the key."""
         return dense_mask(self.intervals, self.num_queries)
@@ -113,6 +131,56 @@ def dense_mask(intervals: Tensor, num_queries: int) -> Tensor:
     row = torch.arange(num_queries, device=intervals.device)[:, None]
     lo0, hi0, lo1, hi1 = intervals[..., None, :, :].unbind(-1)
     return ((lo0 <= row) & (row < hi0)) | ((lo1 <= row) & (row < hi1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TreeRows:
+    """Numbers of each packed row of some trees."""
+
+    end: list[int]
+    """row behind the subtree of its node"""
+    position: list[int]
+    """tokens of its path before it"""
+    pred: list[int]
+    """row of the token before it, -1: none"""
+    tree_lengths: tuple[int, ...]
+    """rows of each tree"""
+
+
+def _tree_rows(parents: Sequence[int], lengths: Sequence[int]) -> _TreeRows:
+    if len(parents) != len(lengths):
+        raise ValueError(f"{len(parents)} parents for {len(lengths)} lengths; give one of each")
+    last: list[int] = []  # last row of each node's path, -1: none
+    start: list[int] = []  # tokens of each node's path before it
+    end_of_node = [0] * len(parents)
+    position: list[int] = []
+    pred: list[int] = []
+    tree_lengths: list[int] = []
+    path: list[int] = []
+    for node, (parent, length) in enumerate(zip(parents, lengths, strict=True)):
+        if length < 0:
+            raise ValueError(f"lengths must not be negative, got {length} for node {node}")
+        row = len(position)
+        while path and path[-1] != parent:
+            end_of_node[path.pop()] = row
+        if not path and parent != -1:
+            raise ValueError(
+                f"parents[{node}] = {parent} is not on the path to node {node - 1}: nodes must be "
+                "in depth-first order, descendants right behind their node, and -1 for roots"
+            )
+        path.append(node)
+        start.append(0 if parent < 0 else start[parent] + lengths[parent])
+        before = -1 if parent < 0 else last[parent]
+        last.append(row + length - 1 if length else before)
+        position += range(start[node], start[node] + length)
+        pred += [before, *range(row, row + length - 1)][:length]
+        if parent < 0:
+            tree_lengths.append(0)
+        tree_lengths[-1] += length
+    for node in path:
+        end_of_node[node] = len(position)
+    end = [e for e, length in zip(end_of_node, lengths, strict=True) for _ in range(length)]
+    return _TreeRows(end=end, position=position, pred=pred, tree_lengths=tuple(tree_lengths))
 
 
 def _segment_bounds(lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

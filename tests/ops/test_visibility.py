@@ -56,6 +56,51 @@ def test_positions_and_predecessors_restart_in_every_sample(lengths):
     assert visibility.num_queries == visibility.num_keys == sum(lengths)
 
 
+def test_tree_of_known_numbers():
+    """Root [t0 t1], below it A [t2] and B [t6], below A [t3] and [t4 t5]."""
+    tree = Visibility.tree([-1, 0, 1, 1, 0], [2, 1, 1, 2, 1])
+    assert tree.position_ids.tolist() == [0, 1, 2, 3, 3, 4, 2]
+    assert tree.intervals[:, 0].tolist() == list(range(7))
+    assert tree.intervals[:, 1].tolist() == [7, 7, 6, 4, 6, 6, 7]
+    assert tree.pred.tolist() == [-1, 0, 1, 2, 2, 4, 1]
+    assert int(tree.dense().sum()) == 22 and tree.lengths == (7,)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), max_size=9))
+def test_tree_follows_its_rule(steps):
+    """Each node hangs ``up`` nodes above the one before it."""
+    parents, lengths, paths = [], [], []
+    for up, length in steps:
+        path = paths[-1][: max(len(paths[-1]) - up, 0)] if paths else []
+        parents.append(path[-1] if path else -1)
+        lengths.append(length)
+        paths.append([*path, len(paths)])
+    tree = Visibility.tree(parents, lengths)
+    rows = [(node, i) for node, length in enumerate(lengths) for i in range(length)]
+    for row, (node, i) in enumerate(rows):
+        seen = [j for j, (other, k) in enumerate(rows)
+                if other in paths[node] and (other != node or k <= i)]  # fmt: skip
+        assert tree.dense()[row].nonzero()[:, 0].tolist() == seen
+        assert int(tree.position_ids[row]) == len(seen) - 1
+        assert int(tree.pred[row]) == (seen[-2] if len(seen) > 1 else -1)
+    assert sum(tree.lengths) == len(rows) and len(tree.lengths) == parents.count(-1)
+
+
+@pytest.mark.parametrize(
+    ("parents", "lengths", "words"),
+    [
+        ([-1, 0, 0, 1], [1] * 4, r"parents\[3\] = 1 is not on the path to node 2"),
+        ([0], [1], r"parents\[0\] = 0 is not on the path"),
+        ([-1, 2], [1, 1], r"parents\[1\] = 2 is not on the path"),
+        ([-1], [1, 2], "1 parents for 2 lengths"),
+        ([-1], [-1], "lengths must not be negative, got -1 for node 0"),
+    ],
+)
+def test_tree_refuses_nodes_out_of_order(parents, lengths, words):
+    with pytest.raises(ValueError, match=words):
+        Visibility.tree(parents, lengths)
+
+
 def test_block_causal_equals_the_familys_own_mask(shared_data):
     path = shared_data / "checkpoints" / "sdar_tiny" / "reference.safetensors"
     mask = load_file(path)["block_causal_mask"]
