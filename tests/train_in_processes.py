@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from fake_training import ROLLOUT, Config, DigitsTask, tiny_policy
 
-from dlm_fast.algorithms import bgpo
+from dlm_fast.algorithms import bgpo, tracerl
 from dlm_fast.training import TrainConfig, Trainer, checkpoint
 
 SMALL = TrainConfig(
@@ -77,6 +77,23 @@ def real(run_dir: str, changes: dict[str, Any]) -> Trainer:
     )
 
 
+def trace(run_dir: str, changes: dict[str, Any]) -> Trainer:
+    """TraceRL on a block model, two updates an iteration, a value model."""
+    changes = dict(changes)
+    options = {
+        name: changes.pop(name) for name in ("value", "shrink", "old_logprob") if name in changes
+    }
+    return Trainer(
+        tiny_policy(kind="block", block_size=2),
+        DigitsTask(),
+        tracerl.Config(group_size=4, mini_batch=8, rows_per_forward=64, **options),
+        replace(SMALL, prompts_per_step=4, **changes),
+        rollout=replace(ROLLOUT, block_size=2, steps=6),
+        run_dir=run_dir,
+        seed=3,
+    )
+
+
 def slow_down_writes(seconds: float) -> None:
     """Files of checkpoints appear, then take their time."""
     write = checkpoint.write_durably
@@ -96,7 +113,7 @@ def main() -> None:
     if len(sys.argv) > 2:
         slow_down_writes(float(sys.argv[2]))
     for kind, run_dir, changes in json.loads(sys.argv[1]):
-        trainer = {"fake": fake, "bgpo": real}[kind](run_dir, changes)
+        trainer = {"fake": fake, "bgpo": real, "tracerl": trace}[kind](run_dir, changes)
         forwards: list[None] = []
         trainer.policy.register_forward_hook(lambda *_, seen=forwards: seen.append(None))
         result = trainer.run()

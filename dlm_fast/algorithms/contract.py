@@ -28,10 +28,15 @@ from torch import Tensor, nn
 from dlm_fast.rollout.sampler_config import SamplerConfig
 from dlm_fast.rollout.trajectory import Group, Trajectory
 
+
+class Largest(float):
+    """A metric of which the largest is logged, over micro-batches, updates and ranks."""
+
+
 Metrics = dict[str, float | tuple[float, float]]
 """name -> value. A pair (sum, count) is logged as global sum / global count over micro-batches,
 updates and ranks: exact however the work is split. A plain number is averaged over whoever reports
-it: right for numbers that are equal everywhere already."""
+it: right for numbers that are equal everywhere already. Of ``Largest`` ones the largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +118,7 @@ class Update:
 
 
 class Algorithm(Protocol):
-    """See the module's text. Subclass it: ``modules`` and ``refine`` have defaults."""
+    """See the module's text. Subclass it: some methods have defaults."""
 
     def modules(self, policy: nn.Module) -> dict[str, TrainedModule]:
         """What is trained. Default: the policy."""
@@ -122,6 +127,11 @@ class Algorithm(Protocol):
     def sampling(self, iteration: int) -> SamplingPlan:
         """What iteration ``iteration`` (from 0) rolls out."""
         ...
+
+    def decoding(self, iteration: int, rollout: SamplerConfig) -> SamplerConfig:
+        """How held-out examples are decoded after ``iteration`` iterations. Default: ``rollout``,
+        the run's own setting."""
+        return rollout
 
     def refine(self, groups: list[Group], resample: Resample) -> list[Group]:
         """Groups as they should be trained on. Default: as sampled."""

@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dlm_fast.ops import (
     Rng,
@@ -84,12 +85,20 @@ class TargetRows:
 
 
 def traced(
-    trajectory: Trajectory, *, kind: str, eos_ids: Sequence[int], block_size: int, num_pads: int = 0
+    trajectory: Trajectory,
+    *,
+    kind: str,
+    eos_ids: Sequence[int],
+    block_size: int,
+    num_pads: int = 0,
+    window: int = 0,
 ) -> Traced:
     """What a rollout recorded, as far as it counts.
 
     Targets are drawn tokens up to the first end of text, and ``num_pads`` behind it. Tokens that
     were filled in and not drawn were masks to the model; a block model never came to their blocks.
+    Blocks that are larger than those decoded, which they must be made of, end in masks where
+    decoding ended inside of one, up to a response of ``window`` tokens.
     """
     if trajectory.step_map is None:
         raise ValueError(
@@ -99,29 +108,31 @@ def traced(
     ids = torch.cat([trajectory.response_ids, trajectory.tail_ids])
     step = _checked_steps(trajectory, ids, eos_ids)
     if kind == "block":
-        _check_block_order(step, trajectory.prompt_length, block_size)
+        _check_blocks(trajectory, block_size)
+        _check_block_order(step, trajectory.prompt_length, trajectory.block_size or block_size)
     is_drawn = step > 0
     # nothing is filled into a tail: what was not drawn there was given
     is_given = ~is_drawn & (torch.arange(len(ids)) >= trajectory.response_length)
     if trajectory.hint_mask is not None:
         is_given[: trajectory.response_length] = trajectory.hint_mask
     step[~is_drawn & ~is_given] = NEVER
-    is_end = torch.isin(trajectory.response_ids, torch.tensor(list(eos_ids), dtype=torch.int64))
-    length = trajectory.response_length
-    if bool(is_end.any()):
-        length = int(is_end.nonzero()[0, 0]) + 1 + num_pads
+    length = length_to_end(trajectory, eos_ids)
+    if length and int(trajectory.response_ids[length - 1]) in eos_ids:
+        length += num_pads
     trainable = is_drawn & (torch.arange(len(ids)) < length)
     count = len(ids)
     if kind == "block":
         last = int(is_drawn.nonzero().max()) if bool(is_drawn.any()) else -1
         prompt = trajectory.prompt_length
-        count = min(count, -(-(prompt + last + 1) // block_size) * block_size - prompt)
-        count = max(count, 0)
+        end = max(0, -(-(prompt + last + 1) // block_size) * block_size - prompt)
+        count = min(end, max(count, window))
+    # any id will do: rows of tokens that were never visible hold the mask
+    missing = max(0, count - len(ids))
     return Traced(
         trajectory=trajectory,
-        ids=ids[:count],
-        step=step[None, :count],
-        trainable=trainable[None, :count],
+        ids=pad(ids[:count], (0, missing)),
+        step=pad(step[None, :count], (0, missing), value=NEVER),
+        trainable=pad(trainable[None, :count], (0, missing)),
     )
 
 
@@ -169,6 +180,23 @@ def _check_block_order(step: Tensor, prompt: int, block_size: int) -> None:
             f"{int(first[i + 1])} and still some of block {int(blocks[i])} at step {int(last[i])}; "
             f"blocks of {block_size} tokens from position 0 finish one after the other, so it was "
             "sampled with other blocks"
+        )
+
+
+def length_to_end(trajectory: Trajectory, eos_ids: Sequence[int]) -> int:
+    """Tokens of the response up to its first end of text, which counts."""
+    is_end = torch.isin(trajectory.response_ids, torch.tensor(list(eos_ids), dtype=torch.int64))
+    if bool(is_end.any()):
+        return int(is_end.nonzero()[0, 0]) + 1
+    return trajectory.response_length
+
+
+def _check_blocks(trajectory: Trajectory, block_size: int) -> None:
+    decoded = trajectory.block_size
+    if decoded and block_size % decoded:
+        raise ValueError(
+            f"a rollout was decoded in blocks of {decoded} tokens, which blocks of {block_size} "
+            f"would cut; train in blocks of a multiple of {decoded}"
         )
 
 

@@ -5,7 +5,7 @@ Letters: ``n`` tokens of a response, ``U`` target tokens of a forward, ``C`` ord
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from dlm_fast.algorithms.clipped_loss import (
     averaging,
     kl_estimate,
 )
-from dlm_fast.algorithms.contract import Metrics
+from dlm_fast.algorithms.contract import Largest, Metrics
 from dlm_fast.algorithms.trace_returns import outcome_rewards, step_returns
 from dlm_fast.algorithms.trace_rows import (
     TargetRows,
@@ -81,6 +81,8 @@ class Tokens:
     """log pi_old; None: the policy has not moved yet, so it is the new one"""
     returns: Tensor | None = None
     old_value: Tensor | None = None
+    hidden: Tensor | None = None
+    """[U, D], the policy's last hidden states, where a value head reads them"""
 
     def evenly(self, divisor: float) -> Tokens:
         """The same tokens, all of one weight."""
@@ -177,7 +179,7 @@ def token_metrics(
     count = float(logprob_U.numel())
     metrics: Metrics = {name: (total, count) for name, total in zip(counted, totals, strict=True)}
     if micro.rollout is not None:
-        metrics["trace/mismatch_largest"] = worst
+        metrics["trace/mismatch_largest"] = Largest(worst)
     return metrics
 
 
@@ -204,12 +206,11 @@ def assign_returns(
     values: Sequence[Tensor],
     gamma: float,
     lam: float,
-) -> float:
+) -> None:
     """Writes values, returns and step-level advantages into the tokens of all ``records``.
 
     ``values``: V_old [U] of each. Where the task rewarded no single tokens, the advantage of a
-    response is the reward of its last step. Returns the variance of the returns that the values
-    explain, nan where there is none.
+    response is the reward of its last step.
     """
     rows = [one.rows.to("cpu") for one in tokens]
     copies = max(len(record.traced.step) for record in records)
@@ -231,9 +232,20 @@ def assign_returns(
         one.returns = found.returns[place].to(device)
         one.advantage = found.advantages[place].to(device)
         first = place.stop
-    whole = float(found.returns.var(correction=0))
-    left = float((found.returns - value).var(correction=0))
-    return 1 - left / whole if whole > 0 else float("nan")
+
+
+def explained_variance(tokens: Sequence[Tokens], global_sum: Callable[[float], float]) -> float:
+    """Share of the returns' variance, over all ranks, that the old values explain; nan where the
+    returns are equal. Five collectives."""
+    empty = torch.zeros(0, dtype=torch.float64)
+    returns = torch.cat([empty, *(t.returns.cpu() for t in tokens if t.returns is not None)])
+    value = torch.cat([empty, *(t.old_value.cpu() for t in tokens if t.old_value is not None)])
+    count = max(1.0, global_sum(float(len(returns))))
+    whole, left = (
+        global_sum(float((x - global_sum(float(x.sum())) / count).square().sum()))
+        for x in (returns, returns - value)
+    )
+    return 1 - left / whole if whole > 1e-20 * count else float("nan")
 
 
 def _gather(values: Sequence[Tensor], rows: TargetRows) -> Tensor:

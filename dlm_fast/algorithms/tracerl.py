@@ -19,19 +19,16 @@ Symbols: o_k token; tau(t) tokens of step t; s ``shrink``; C_eps ``clipped_objec
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dlm_fast.algorithms.advantages import Baseline, group_advantage
+from dlm_fast.algorithms.advantages import group_advantage
 from dlm_fast.algorithms.clipped_loss import (
-    KL,
     MAX_LOG_RATIO,
-    LossAgg,
     clipped_objective,
     clipped_value_loss,
     kl_estimate,
@@ -45,140 +42,35 @@ from dlm_fast.algorithms.contract import (
     Update,
 )
 from dlm_fast.algorithms.mini_batches import MiniBatches
-from dlm_fast.algorithms.options import (
-    check_choices,
-    check_mini_batch,
-    check_positive,
-    check_range,
+from dlm_fast.algorithms.schedule import Schedule, Stage
+from dlm_fast.algorithms.trace_rows import (
+    TargetRows,
+    Traced,
+    length_to_end,
+    randomly_masked,
+    traced,
 )
-from dlm_fast.algorithms.trace_rows import Estimator, TargetRows, Traced, randomly_masked, traced
 from dlm_fast.algorithms.trace_tokens import (
     Layout,
     Record,
     Tokens,
     assign_returns,
+    explained_variance,
     has_share,
     row_counts,
     token_metrics,
 )
+from dlm_fast.algorithms.tracerl_options import TraceOptions
 from dlm_fast.models.requests import ScoreRequest
-from dlm_fast.models.value import ValueModel
+from dlm_fast.models.value import SharedValue, ValueModel
 from dlm_fast.ops import mix64
 from dlm_fast.rollout.sampler_config import SamplerConfig
-from dlm_fast.rollout.trajectory import Group, Trajectory
+from dlm_fast.rollout.trajectory import Group, Trajectory, trajectories_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(TraceOptions):
     """TraceRL: every token is scored in the state in which it was revealed."""
-
-    group_size: int = 8
-    """rollouts per prompt"""
-    shrink: int = 1
-    """neighbouring steps that are merged: inside each block for block models, over the whole
-    response for full-attention ones, which need a pass per merged step (the paper takes 8)"""
-    estimator: Estimator = "trace"
-    """trace: the states of the rollout. random_masking, coupled: drawn masks instead, the baselines
-    of the paper; coupled draws pairs of a mask and its complement"""
-    num_masks: int = 1
-    """drawn masks per response, for the estimators random_masking and coupled (coupled: even)"""
-    mask_low: float = 0.1
-    """lowest rate of drawn masks"""
-    mask_high: float = 0.9
-    """highest rate of drawn masks"""
-    clip_low: float = 0.2
-    """ratios below 1 - clip_low give no gradient where the advantage is negative"""
-    clip_high: float = 0.2
-    """ratios above 1 + clip_high give no gradient where the advantage is positive"""
-    kl: KL = "k3"
-    """estimate of the divergence from the policy of the iteration's start. k1 pushes every token
-    with the same force, however far it has moved"""
-    kl_weight: float = 0.01
-    """beta; 0: no such term"""
-    loss_agg: LossAgg = "token_mean"
-    """how the tokens' terms are averaged. token_mean: over all of an optimizer step. step_mean:
-    over each step's tokens, summed over steps (the paper). seq_mean_len: over each response.
-    slice_mean, slice_len: as trainers with one pass per slice do; slice_len divides by
-    rollout.max_new_tokens"""
-    old_logprob: Literal["recompute", "rollout", "decoupled"] = "recompute"
-    """recompute: in the training layout, before the first step. rollout: as recorded while
-    decoding. decoupled: recomputed, weighted with how far the rollout was from it (at most
-    ``decoupled_cap``)"""
-    decoupled_cap: float = 2.0
-    """largest importance weight of ``decoupled``"""
-    advantage: Baseline = "zscore"
-    """reward less the group's mean, over its population standard deviation (zscore) or the unbiased
-    one (std), undivided (mean), less the mean of the others (leave_one_out), bare (none)"""
-    drop_below: float = 0.0
-    """groups with a smaller share of correct rollouts are left out"""
-    drop_above: float = 1.0
-    """groups with a larger share of correct rollouts are left out"""
-    epochs: int = 1
-    """passes over the rollouts of an iteration"""
-    mini_batch: int | None = None
-    """rollouts per optimizer step, over all processes, a multiple of group_size; None: all"""
-    num_pads: int = 0
-    """targets behind the first end of text; 0 can leave a model that never stops"""
-    score_temperature: float = 1.0
-    """logits are divided by it when tokens are scored; take rollout.temperature to score the
-    distribution that was drawn from"""
-    rows_per_forward: int = 8192
-    """packed tokens of a forward; a single response may need more. Changes memory and time, not the
-    result"""
-    value: Literal["none", "own"] = "none"
-    """own: a value model with a backbone of its own, a copy of the policy's, and step-level
-    advantages"""
-    gamma: float = 1.0
-    """discount per step, with a value model or token rewards"""
-    lam: float = 1.0
-    """lambda of the generalised advantages, per step"""
-    value_lr_scale: float = 5.0
-    """learning rate of the value model relative to train.lr"""
-    value_epochs: int = 1
-    """passes of the value model over the rollouts of an iteration"""
-    value_clip: float = 0.2
-    """how far a value may move before its loss is the larger one"""
-    value_pretraining: int = 0
-    """first iterations that train the value model alone"""
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        check_positive(
-            self, "group_size", "shrink", "num_masks", "epochs", "rows_per_forward", "value_epochs"
-        )
-        check_range(self, 0, self.mask_high, "mask_low")
-        check_range(self, 0, 1, "mask_high", "clip_low", "drop_above", "gamma", "lam")
-        check_range(self, 0, self.drop_above, "drop_below")
-        check_range(
-            self,
-            0,
-            math.inf,
-            "clip_high",
-            "kl_weight",
-            "num_pads",
-            "value_pretraining",
-            "value_clip",
-        )
-        check_range(self, 1e-6, math.inf, "score_temperature", "decoupled_cap", "value_lr_scale")
-        check_mini_batch(self.mini_batch, self.group_size)
-        if self.estimator != "trace" and (self.shrink > 1 or self.old_logprob != "recompute"):
-            raise ValueError(
-                f"algorithm.estimator={self.estimator} has no steps to shrink and no log-"
-                "probabilities of the rollout; set shrink=1 and old_logprob=recompute"
-            )
-        if self.estimator == "coupled" and self.num_masks % 2:
-            raise ValueError(
-                f"algorithm.estimator=coupled draws pairs, so algorithm.num_masks must be even; "
-                f"got {self.num_masks}"
-            )
-        if self.old_logprob != "recompute" and self.score_temperature != 1:
-            raise ValueError(
-                f"algorithm.old_logprob={self.old_logprob} takes log-probabilities recorded at "
-                f"temperature 1; algorithm.score_temperature={self.score_temperature} needs "
-                "old_logprob=recompute"
-            )
-        if self.value_pretraining and self.value == "none":
-            raise ValueError("algorithm.value_pretraining needs a value model: algorithm.value=own")
 
     def build(
         self, *, rollout: SamplerConfig, num_prompts: int, mask_id: int, seed: int
@@ -207,6 +99,7 @@ class TraceRL(Algorithm):
         self.mini_batches = MiniBatches(
             num_prompts=num_prompts, group_size=config.group_size, mini_batch=config.mini_batch
         )
+        self.schedule = Schedule(config.schedule, rollout)
         self._policy: Any = None
         self._forbid_ids: tuple[int, ...] = ()
 
@@ -236,7 +129,9 @@ class TraceRL(Algorithm):
     def value_loss(self, micro: Tokens, forward: Callable[..., Any]) -> tuple[Tensor, Metrics]:
         """Clipped regression of V on the returns."""
         assert micro.old_value is not None and micro.returns is not None
-        value_U = self._value(micro.rows, forward)
+        value_U = (
+            self._value(micro.rows, forward) if micro.hidden is None else forward(micro.hidden)
+        )
         terms_U = clipped_value_loss(
             value_U.double(), micro.old_value, micro.returns, self.config.value_clip
         )
@@ -257,12 +152,13 @@ class TraceRL(Algorithm):
                 f"TraceRL follows denoising steps, and model family {family.model_type!r} is "
                 "causal; take a diffusion model (LLaDA, Dream, SDAR, tiny)"
             )
+        self._check_blocks(family)
         self._policy = bare
         self._forbid_ids = self.rollout.never_drawn(family)
         trained = super().modules(policy)
-        if self.config.value == "own":
+        if self.config.value != "none":
             trained["value"] = TrainedModule(
-                module=ValueModel(bare),
+                module=ValueModel(bare) if self.config.value == "own" else SharedValue(bare),
                 idle_loss=lambda module: module(idle=True),
                 lr_scale=self.config.value_lr_scale,
             )
@@ -270,7 +166,35 @@ class TraceRL(Algorithm):
 
     def sampling(self, iteration: int) -> SamplingPlan:
         return SamplingPlan(
-            num_prompts=self.num_prompts, group_size=self.config.group_size, sampler=self.rollout
+            num_prompts=self.num_prompts,
+            group_size=self.config.group_size,
+            sampler=self._stage(iteration).rollout,
+        )
+
+    def decoding(self, iteration: int, rollout: SamplerConfig) -> SamplerConfig:
+        """In the blocks of the phase; responses as long as in the longest one."""
+        return replace(rollout, block_size=self._stage(iteration).rollout.block_size)
+
+    def _stage(self, iteration: int) -> Stage:
+        """Of an iteration; the policy's own blocks become those that are decoded."""
+        stage = self.schedule.at(iteration)
+        if self.config.schedule and self._policy.family.kind == "block":
+            self._policy.set_block_size(stage.rollout.block_size)
+        return stage
+
+    def _check_blocks(self, family: Any) -> None:
+        if family.kind == "block" and family.block_size != self.rollout.block_size:
+            raise ValueError(
+                f"rollout.block_size={self.rollout.block_size} differs from the model's own blocks "
+                f"of {family.block_size}; set rollout.block_size={family.block_size}, and other "
+                "sizes in algorithm.schedule"
+            )
+        if family.kind == "block" or self.schedule.block_sizes == {self.rollout.block_size}:
+            return
+        raise ValueError(
+            "algorithm.schedule changes the size of blocks, which only block models attend in; "
+            f"model family {family.model_type!r} sees the whole sequence: leave block_size and "
+            "train_block_size out"
         )
 
     def prepare(self, groups: list[Group], context: Context) -> Samples:
@@ -282,11 +206,14 @@ class TraceRL(Algorithm):
             steps.append(self._step(members, update, context))
         everything = [tokens for step in steps for tokens in step]
         context.metrics |= row_counts([t.rows for t in everything], len(records))
+        if self.config.value != "none":
+            explained = explained_variance(everything, context.global_sum)
+            context.metrics["value/explained_variance"] = explained
         policy = [] if context.iteration < self.config.value_pretraining else steps
-        return Samples(policy=policy, value=everything if self.config.value == "own" else [])
+        return Samples(policy=policy, value=everything if self.config.value != "none" else [])
 
     def updates(self, samples: Samples, context: Context) -> Iterator[Update]:
-        if self.config.value == "own":
+        if self.config.value != "none":
             targets = sum(tokens.rows.rows.numel() for tokens in samples.value)
             divisor = max(1.0, context.global_sum(float(targets)))
             regression = [tokens.evenly(divisor) for tokens in samples.value]
@@ -299,6 +226,8 @@ class TraceRL(Algorithm):
     def _records(self, groups: Sequence[Group], context: Context) -> list[Record]:
         """Rollouts of the groups that are kept, with something to learn from."""
         config, records = self.config, []
+        if config.overlong:
+            self._refuse_overlong(groups, context)
         kept = [g for g in groups if has_share(g, config.drop_below, config.drop_above)]
         for group in kept:
             advantage_G = group_advantage(group.rewards, config.advantage).tolist()
@@ -312,15 +241,26 @@ class TraceRL(Algorithm):
         context.metrics["trace/dropped_groups"] = (dropped, float(len(groups)))
         return records
 
+    def _refuse_overlong(self, groups: Sequence[Group], context: Context) -> None:
+        window = self._stage(context.iteration).rollout.max_new_tokens
+        eos_ids, rollouts = self._policy.family.eos_ids, trajectories_of(groups)
+        longest = window - self.config.overlong
+        overlong = [t for t in rollouts if length_to_end(t, eos_ids) >= longest]
+        for trajectory in overlong:
+            trajectory.reward, trajectory.correct = 0.0, False
+        context.metrics["trace/overlong"] = (float(len(overlong)), float(len(rollouts)))
+
     def _traced(self, trajectory: Trajectory, iteration: int) -> Traced:
         config, family = self.config, self._policy.family
-        block_size = self.rollout.block_size
+        stage = self.schedule.at(iteration)
+        block_size = stage.train_block_size
         response = traced(
             trajectory,
             kind=family.kind,
             eos_ids=family.eos_ids,
             block_size=block_size,
             num_pads=config.num_pads,
+            window=stage.rollout.max_new_tokens,
         )
         if config.estimator == "trace":
             return response
@@ -336,30 +276,20 @@ class TraceRL(Algorithm):
 
     def _step(self, members: list[Record], update: int, context: Context) -> list[Tokens]:
         """One optimizer step: rows, averaging, values and old log-probabilities."""
-        config = self.config
+        config, stage = self.config, self.schedule.at(context.iteration)
         layout = Layout(
             kind=self._policy.family.kind,
-            block_size=self.rollout.block_size,
+            block_size=stage.train_block_size,
             mask_id=self.mask_id,
             shrink=config.shrink,
             row_budget=config.rows_per_forward,
             device=context.device,
         )
-        made, divisor = layout.tokens(members, config.loss_agg, self.rollout.max_new_tokens)
+        made, divisor = layout.tokens(members, config.loss_agg, stage.rollout.max_new_tokens)
         divisor = max(1.0, context.global_sum(divisor))
         moved = update > 0 or config.epochs > 1
-        by_steps = config.value == "own" or any(r.token_rewards is not None for r in members)
         with torch.no_grad():
-            values = [
-                self._value(one.rows, context.score, module="value")
-                if config.value == "own"
-                else torch.zeros_like(one.share)
-                for one in (made if by_steps else [])
-            ]
-            if made and by_steps:
-                explained = assign_returns(made, members, values, config.gamma, config.lam)
-                if config.value == "own":
-                    context.metrics["value/explained_variance"] = explained
+            self._assign_returns(made, members, context.score)
             for one in made:
                 one.divisor = divisor
                 if config.old_logprob == "rollout":
@@ -367,6 +297,25 @@ class TraceRL(Algorithm):
                 elif moved or config.old_logprob == "decoupled":
                     one.old = self._score(one.rows, context.score, None).logprob.double()
         return made
+
+    def _assign_returns(
+        self, made: list[Tokens], members: list[Record], score: Callable[..., Any]
+    ) -> None:
+        """V_old, returns and step-level advantages, where there are values or token rewards."""
+        config = self.config
+        if not made or (config.value == "none" and all(r.token_rewards is None for r in members)):
+            return
+        values = [self._old_value(one, score) for one in made]
+        assign_returns(made, members, values, config.gamma, config.lam)
+
+    def _old_value(self, micro: Tokens, score: Callable[..., Any]) -> Tensor:
+        if self.config.value == "none":
+            return torch.zeros_like(micro.share)
+        if self.config.value == "own":
+            return self._value(micro.rows, score, module="value")
+        rows = micro.rows
+        micro.hidden = score(rows.input_ids, rows.visibility, hidden=rows.rows)
+        return score(micro.hidden, module="value")
 
     def _score(self, rows: TargetRows, forward: Callable[..., Any], weight: Tensor | None) -> Any:
         request = ScoreRequest(

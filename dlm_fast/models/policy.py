@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class Policy(nn.Module):
         score: ScoreRequest | None = None,
         stats: StatsRequest | None = None,
         logits: bool = False,
+        hidden: Tensor | None = None,
         idle: bool = False,
         attention_mask: Tensor | None = None,
     ) -> Any:
@@ -71,14 +73,15 @@ class Policy(nn.Module):
         Under ``CachedRows`` the input is the new tokens alone, and nothing has a gradient.
 
         ``score`` gives ``ScoreOutput``, ``stats`` ``TokenStats``, ``logits=True`` the logits as the
-        network emits them [T, V] or [B, S, V]. ``idle=True`` takes no input: a scalar 0 whose
+        network emits them [T, V] or [B, S, V], ``hidden`` int [N] the last hidden states, after the
+        final norm, of these rows [N, D]. ``idle=True`` takes no input: a scalar 0 whose
         gradient is zero in every parameter, for a process that has nothing left to train on while
         the others do. ``attention_mask`` exists to be refused.
         """
         refuse_mask(attention_mask)
-        asked = [score is not None, stats is not None, bool(logits), bool(idle)]
+        asked = [score is not None, stats is not None, bool(logits), hidden is not None, bool(idle)]
         if sum(asked) != 1:
-            names = ("score", "stats", "logits", "idle")
+            names = ("score", "stats", "logits", "hidden", "idle")
             given = [name for name, is_given in zip(names, asked, strict=True) if is_given]
             raise ValueError(
                 f"a forward pass answers one request of {', '.join(names)}; got {given or 'none'}"
@@ -88,6 +91,8 @@ class Policy(nn.Module):
         if input_ids is None:
             raise ValueError("input_ids is missing; only idle=True goes without")
         hidden_TD = self._hidden(input_ids, visibility)
+        if hidden is not None:
+            return hidden_TD.index_select(0, hidden.to(hidden_TD.device).long())
         if logits:
             # shaped before the product: sharding wrappers mistrust outputs that are views
             return self.lm_head(hidden_TD.view(*input_ids.shape, -1), LogitsRequest())
@@ -200,6 +205,18 @@ class Policy(nn.Module):
     def idle_loss(self) -> Tensor:
         """A scalar 0 whose gradient is zero in every parameter."""
         return self(idle=True)
+
+    def set_block_size(self, block_size: int) -> None:
+        """From now on a block model's own blocks, here and in what ``save`` writes."""
+        if self.family.kind != "block":
+            raise ValueError(
+                f"model family {self.family.model_type!r} has no blocks, its attention is "
+                f"{self.family.kind}; leave its block size alone"
+            )
+        if block_size < 1:
+            raise ValueError(f"block_size must be a positive integer, got {block_size}")
+        self.family = replace(self.family, block_size=block_size)
+        self.source = self.source.with_config(block_size=block_size)
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep one hidden state per layer for the backward pass and recompute the rest."""

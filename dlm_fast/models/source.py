@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,6 +42,14 @@ class Source:
     """file of each tensor; empty: new files by size"""
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     """type of each tensor in the source"""
+
+    def with_config(self, **values: Any) -> Source:
+        """The same with other values in its config.json."""
+        config = json.loads(self.files["config.json"])
+        if all(config.get(name) == value for name, value in values.items()):
+            return self
+        text = json.dumps(config | values, indent=2, ensure_ascii=False) + "\n"
+        return replace(self, files=self.files | {"config.json": text.encode()})
 
 
 def small_files(directory: Path) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""A value model: a copy of a policy's backbone whose head is one number per row.
+"""Value models: one number per row, from a copy of a policy's backbone or from the policy's own.
 
 T packed rows, N selected rows, D width.
 """
@@ -30,6 +30,22 @@ class ValueHead(nn.Module):
             return hidden_ND.to(wide) @ self.weight.to(wide)
 
 
+class SharedValue(nn.Module):
+    """V from the policy's own hidden states, which it does not change."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.head = ValueHead(int(policy.config.hidden_size), policy.lm_head.weight)
+
+    def forward(self, hidden_ND: Tensor | None = None, *, idle: bool = False) -> Tensor:
+        """[N]: values of ``hidden_ND``. ``idle=True``: a scalar 0 with zero gradients."""
+        if idle:
+            return 0 * self.head.weight.sum()
+        if hidden_ND is None:
+            raise ValueError("a value head needs hidden states; only idle=True goes without")
+        return self.head(hidden_ND, torch.arange(len(hidden_ND), device=hidden_ND.device))
+
+
 class ValueModel(Policy):
     """V of the tokens at rows of a pack, read where they are still masked.
 
@@ -42,7 +58,8 @@ class ValueModel(Policy):
         if policy.adapters is not None:
             raise ValueError(
                 "a value model copies the backbone, and this policy has adapters on it; load the "
-                "policy without lora, or train without a value model (algorithm.value=none)"
+                "policy without lora, or put a value head on its hidden states "
+                "(algorithm.value=shared)"
             )
         backbone = copy.deepcopy(policy.backbone)
         head = ValueHead(int(policy.config.hidden_size), policy.lm_head.weight)

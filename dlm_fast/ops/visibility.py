@@ -11,9 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dlm_fast.ops.trace_pack import TraceNode
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,6 +99,15 @@ class Visibility:
             pred=torch.tensor(rows.pred, dtype=torch.int32),
             lengths=rows.tree_lengths,
         )
+
+    @staticmethod
+    def trace(nodes: Sequence[TraceNode], *, block_size: int, **options: Any) -> Visibility:
+        """Of the rows that ``ops.trace_pack`` makes of recorded block-diffusion rollouts: finished
+        tokens see their blocks and those before, each block's states the blocks before and
+        themselves. ``options`` as there; one construction for chains, groups and trees."""
+        from dlm_fast.ops.trace_pack import trace_pack  # which is built on this module
+
+        return trace_pack(nodes, block_size=block_size, mask_id=0, **options).visibility
 
     def dense(self) -> Tensor:
         """bool [Tq, Tk], True where the row sees the key."""

@@ -281,7 +281,8 @@ class Trainer:
     ) -> Any:
         """Forward without gradient, for ``Context``."""
         with torch.no_grad(), self.runtime.autocast():
-            return self.modules[module](input_ids, visibility, **requests)
+            inputs = (input_ids,) if visibility is None else (input_ids, visibility)
+            return self.modules[module](*inputs, **requests)
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -294,12 +295,13 @@ class Trainer:
     def _evaluate(self) -> Row:
         """Held-out examples at the rollouts' own setting."""
         started = time.monotonic()
+        rollout = self.algorithm.decoding(self.step, self.rollout)
         with self.whole_weights():
             found = evaluate(
                 self.policy,
                 self.task,
                 self.eval_examples,
-                evaluation_sampler(self.rollout, self.config.eval_temperature),
+                evaluation_sampler(rollout, self.config.eval_temperature),
                 seed=self.seed,
                 max_batch=self.config.rollout_batch,
                 threads=self.config.score_threads,

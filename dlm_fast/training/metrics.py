@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dlm_fast.algorithms.contract import Largest
 from dlm_fast.training.checkpoint import replace_durably
 from dlm_fast.training.distributed import Runtime
 
@@ -47,9 +48,11 @@ class MetricSums:
         self._maxima[name] = max(self._maxima.get(name, -math.inf), value)
 
     def add_reported(self, metrics: Mapping[str, float | tuple[float, float]]) -> None:
-        """What an algorithm reports: pairs (sum, count), or plain numbers to average."""
+        """What an algorithm reports: pairs (sum, count), ``Largest``, or numbers to average."""
         for name, value in metrics.items():
-            if isinstance(value, tuple):
+            if isinstance(value, Largest):
+                self.add_max(name, value)
+            elif isinstance(value, tuple):
                 self._add_pair(name, float(value[0]), float(value[1]))
             else:
                 self._add_pair(name, float(value), 1.0)

@@ -122,11 +122,12 @@ def test_rollout_log_probabilities_as_the_old_ones():
 # --- value model
 
 
-def test_a_fresh_value_model_changes_nothing():
+@pytest.mark.parametrize("value", ["own", "shared"])
+def test_a_fresh_value_model_changes_nothing(value):
     """T14: a zero head with gamma = lambda = 1 gives every token the response's advantage."""
     policy = tiny("block")
     groups = sampled_groups(policy)
-    with_value, without = build(policy, value="own"), build(policy)
+    with_value, without = build(policy, value=value), build(policy)
     tokens = []
     for algorithm in (with_value, without):
         made, _ = context(algorithm, policy)
@@ -159,6 +160,38 @@ def test_values_are_learnt():
     idle = modules["value"](idle=True)
     idle.backward()
     assert all(p.grad is not None for p in modules["value"].parameters())
+
+
+@pytest.mark.parametrize("kind", ["block", "full"])
+def test_a_shared_value_head_learns_what_the_features_say(kind):
+    """Returns that are linear in the policy's hidden states; the policy stays as it was."""
+    policy = tiny(kind)
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    algorithm = build(policy, value="shared", value_epochs=150, value_clip=1e6)
+    made, modules = context(algorithm, policy)
+    samples = algorithm.prepare(sampled_groups(policy), made)
+    direction = torch.linspace(-1, 1, policy.config.hidden_size, dtype=torch.float64)
+    for tokens in samples.value:
+        rows = tokens.rows
+        with torch.no_grad():
+            expected = policy(rows.input_ids, rows.visibility, hidden=rows.rows)
+        assert torch.equal(tokens.hidden, expected)
+        tokens.returns = tokens.hidden @ direction
+    optimizer = torch.optim.Adam(modules["value"].parameters(), lr=0.05)
+    losses = []
+    for update in algorithm.updates(samples, made):
+        if update.module == "policy":
+            break
+        optimizer.zero_grad()
+        loss = sum(update.loss(tokens, modules["value"])[0] for tokens in update.micros)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert len(losses) == 150 and losses[-1] < 0.01 * losses[0]
+    assert all(torch.equal(t, before[name]) for name, t in policy.state_dict().items())
+    modules["value"](idle=True).backward()
+    with pytest.raises(ValueError, match="needs hidden states"):
+        modules["value"]()
 
 
 def test_token_rewards():
@@ -200,6 +233,23 @@ def test_groups_outside_the_window_are_dropped():
         assert made.metrics["trace/dropped_groups"] == (0.0 if kept else 1.0, 1.0)
 
 
+def test_overlong_responses_are_wrong():
+    """By the tokens up to the end of text, not by those that fill the window."""
+    policy = tiny("block")
+    algorithm = build(policy, num_prompts=1, overlong=5)  # of 12 tokens: 7 are too many
+    groups = sampled_groups(policy, prompts=1)
+    eos = policy.family.eos_ids[0]
+    for trajectory, length in zip(groups[0].trajectories, (6, 7, 12, 3), strict=True):
+        trajectory.response_ids[trajectory.response_ids == eos] = 9
+        trajectory.response_ids[length - 1 :] = eos if length < 12 else 9
+        trajectory.reward, trajectory.correct = 1.0, True
+    made, _ = context(algorithm, policy)
+    algorithm.prepare(groups, made)
+    assert groups[0].rewards.tolist() == [1, 0, 0, 1]
+    assert [t.correct for t in groups[0].trajectories] == [True, False, False, True]
+    assert made.metrics["trace/overlong"] == (2.0, 4.0)
+
+
 def test_population_z_scores():
     z = group_advantage([1, 0, 0, 1, 1, 0, 0, 0], "zscore")
     assert z[0] == pytest.approx(1.290994, abs=1e-6) and z[1] == pytest.approx(-0.774597, abs=1e-6)
@@ -229,6 +279,7 @@ def test_causal_models_are_refused():
         ({"estimator": "random_masking", "shrink": 2}, "no steps to shrink"),
         ({"old_logprob": "rollout", "score_temperature": 0.7}, "temperature 1"),
         ({"value_pretraining": 2}, "needs a value model"),
+        ({"schedule": ("iterations=0",)}, "positive integer"),
         ({"loss_agg": "median"}, "algorithm.loss_agg must be one of"),
         ({"drop_below": 0.9, "drop_above": 0.5}, "algorithm.drop_below"),
     ],

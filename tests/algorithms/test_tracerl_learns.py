@@ -57,7 +57,8 @@ def train(policy, iterations, shuffled=False, **options):
     prompt = torch.tensor([7, 7, 7])
     for iteration in range(iterations):
         ids = [1000 * iteration + i for i in range(GROUP)]
-        rollouts = sample(policy, [prompt] * GROUP, rollout, seed=0, sequence_ids=ids)
+        plan = made.sampling(iteration)
+        rollouts = sample(policy, [prompt] * GROUP, plan.sampler, seed=0, sequence_ids=ids)
         rewards = [(t.response_ids == TARGET).double().mean().item() for t in rollouts]
         curve.append(sum(rewards) / GROUP)
         order = torch.randperm(GROUP, generator=generator) if shuffled else torch.arange(GROUP)
@@ -76,7 +77,14 @@ def train(policy, iterations, shuffled=False, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"shrink": 2, "epochs": 2}, {"value": "own"}, {"estimator": "coupled", "num_masks": 2}],
+    [
+        {},
+        {"shrink": 2, "epochs": 2},
+        {"value": "own"},
+        {"value": "shared"},
+        {"estimator": "coupled", "num_masks": 2},
+        {"schedule": ("iterations=12,train_block_size=8", "block_size=8")},
+    ],
     ids=str,
 )
 def test_rewards_rise(start, options):

@@ -17,7 +17,6 @@ from dlm_fast.algorithms.trace_tokens import Layout
 from dlm_fast.cli.main import main
 from dlm_fast.models.requests import ScoreRequest
 from dlm_fast.rollout import sample
-from dlm_fast.rollout.requests import never_drawn
 from dlm_fast.training.distributed import Runtime
 from dlm_fast.training.metrics import MetricSums, read_metrics
 from dlm_fast.training.optimizer import Stepper, make_trainees
@@ -34,7 +33,7 @@ def logprobs(policy, responses, block_size=4):
     request = ScoreRequest(
         policy.predicting_rows(rows.rows, rows.visibility),
         rows.targets,
-        forbid_ids=never_drawn(policy.family, sampler()),
+        forbid_ids=sampler().never_drawn(policy.family),
     )
     with torch.no_grad():
         logprob = policy(rows.input_ids, rows.visibility, score=request).logprob

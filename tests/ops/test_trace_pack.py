@@ -238,6 +238,17 @@ def test_tokens_that_are_never_targets():
     assert pack.targets.tolist() == [5, 6]
 
 
+def test_the_pattern_alone():
+    nodes = [
+        TraceNode(parent=-1, ids=tokens(7, 7, 7)),
+        TraceNode(parent=0, ids=tokens(*range(8)), step=steps(1, 2, 3, 2, 3, 4, 5, 5)),
+    ]
+    pack = trace_pack(nodes, block_size=4, mask_id=99, shrink=2)
+    pattern = Visibility.trace(nodes, block_size=4, shrink=2)
+    assert torch.equal(pattern.intervals, pack.visibility.intervals)
+    assert torch.equal(pattern.position_ids, pack.visibility.position_ids)
+
+
 def test_a_group_shares_its_prompt():
     prompt = TraceNode(parent=-1, ids=torch.arange(10))
     group = [

@@ -83,6 +83,36 @@ def test_bgpo_trains_dream_and_goes_on_after_a_stop(tmp_path, dream, train, kind
     _check_model(tmp_path / "run", dream, 1e-2 if "16" in kind else 1e-5)
 
 
+TRACERL = (
+    SETTINGS
+    + """algorithm:
+  group_size: 4
+  value: shared
+  schedule:
+  - iterations=1,train_block_size=8,max_new_tokens=8
+  - iterations=1,train_block_size=8
+  - block_size=8
+"""
+)
+
+
+def test_tracerl_enlarges_the_blocks_of_sdar_and_goes_on_after_a_stop(tmp_path, train):
+    """Three phases; the value head's weights and the new blocks survive the stops."""
+    sdar, three = write(tmp_path / "sdar", "sdar"), ("--train.max-steps", "3")
+    assert load(sdar).family.block_size == 4
+    options = TRACERL + ADAPTERS
+    assert train("tracerl", sdar, tmp_path / "straight", options, *three) == 0
+    run = tmp_path / "run"
+    assert train("tracerl", sdar, run, options) == 0
+    assert train("tracerl", sdar, run, options, "--train.max-steps", "2", "--resume") == 0
+    assert load(run / "model").family.block_size == 4
+    assert train("tracerl", sdar, run, options, *three, "--resume") == 0
+    found, expected = tensors_of(run), tensors_of(tmp_path / "straight")
+    assert found.keys() == expected.keys() and any("value/weight" in name for name in found)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert load(run / "model").family.block_size == 8
+
+
 def _check_model(run_dir, directory, tolerance):
     """model/ is the merged model, model/adapter gives it back on the source."""
     ids = torch.tensor([[5, 6, 7]])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_in_processes import fake, real
+from train_in_processes import fake, real, trace
 
 from dlm_fast.training.checkpoint import newest_checkpoint
 
@@ -65,6 +65,8 @@ def single(tmp_path_factory):
         "early": real(str(folder / "early"), {"early": True}).run().history,
         "statistics": real(str(folder / "statistics"), STATISTICS).run().history,
         "adapters": real(str(folder / "adapters"), ADAPTERS).run().history,
+        "values": trace(str(folder / "values"), VALUES).run().history,
+        "value_head": trace(str(folder / "value_head"), VALUE_HEAD).run().history,
     }
     return folder, histories
 
@@ -72,14 +74,21 @@ def single(tmp_path_factory):
 # of single rollouts: other micro-batches are other samples in another layout
 STATISTICS = {"gradient_statistics": True, "micro_batch": 1}
 ADAPTERS = {"lora": {"rank": 2}}
+VALUES = {"value": "own", "old_logprob": "decoupled"}
+VALUE_HEAD = {"value": "shared", "shrink": 2}
 JOBS = [
     ["fake", "fake", {}],
     ["bgpo", "bgpo", {}],
     ["bgpo", "two_pass", {"bound": "exact_two_pass"}],
     ["bgpo", "early", {"early": True}],
     ["bgpo", "adapters", ADAPTERS],
+    ["tracerl", "values", VALUES],
+    ["tracerl", "value_head", VALUE_HEAD],
     ["fake", "taken_up", {"resume": True, "max_steps": 5}],
 ]
+
+
+RUNS = [*(name for _, name, _ in JOBS if name != "taken_up"), "statistics"]
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
@@ -124,7 +133,7 @@ def test_the_layout_is_as_asked(pair):
             assert local == [elements, elements]
 
 
-@pytest.mark.parametrize("run", ["fake", "bgpo", "two_pass", "early", "statistics", "adapters"])
+@pytest.mark.parametrize("run", RUNS)
 def test_metrics_equal_those_of_one_process(pair, single, run):
     """Three steps; ranks hold 3 and 2 prompts of different lengths, or unequal micro-batches."""
     kind, folder, reports = pair
@@ -146,7 +155,7 @@ def test_ranks_make_unequal_numbers_of_forwards(pair, single):
     assert first != second
 
 
-@pytest.mark.parametrize("run", ["fake", "bgpo", "adapters"])
+@pytest.mark.parametrize("run", ["fake", "bgpo", "adapters", "values", "value_head"])
 def test_checkpoints_do_not_know_the_layout(pair, single, run):
     """Same tensors under the same names, whole; AdamW's moments are compared relatively."""
     _, folder, _ = pair
