@@ -62,7 +62,7 @@ def sample_scored(
             for number, score in verdicts.items():
                 trajectory = done[number]
                 trajectory.reward, trajectory.correct = float(score.reward), bool(score.correct)
-                trajectory.detail = dict(score.detail)
+                trajectory.detail = {**trajectory.detail, **score.detail}  # trees say theirs
                 told.add(number)
                 if on_scored is not None:
                     on_scored(number, trajectory)
