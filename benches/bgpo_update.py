@@ -8,7 +8,9 @@ Run: OMP_NUM_THREADS=1 python benches/bgpo_update.py [--out FOLDER] [--rounds N]
     in_place   as that, but the fused op adds the head's gradient to its sum: the default
 
 All are measured in one process, turn by turn, on the same rollouts; rollouts themselves are not in
-the time. The metrics of the first steps, from equal weights, are compared too.
+the time. The metrics of the first steps, from equal weights, are compared too: of torch's way and
+ours with each other, and of both with a head that reads the same rounded weights and states in
+float32, so that its gradient is never rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import nn
 import dlm_fast
 from dlm_fast.algorithms import bgpo
 from dlm_fast.algorithms.contract import Context
+from dlm_fast.models.head import Head
 from dlm_fast.models.linear import Linear
 from dlm_fast.rollout.sampler_config import SamplerConfig
 from dlm_fast.rollout.trajectory import Group, Trajectory
@@ -109,7 +112,9 @@ def make_step(size: dict[str, Any], precision: str, kind: str) -> Callable[[int]
         seed=0,
     )
     trainees = make_trainees(algorithm.modules(policy), config, runtime)
-    if kind == "torch":
+    if kind == "exact":
+        policy.lm_head.__class__ = ExactHead
+    if kind in ("torch", "exact"):
         as_torch_does(policy, trainees["policy"].optimizer)
     stepper = Stepper(trainees, config, runtime)
     groups = make_groups(size, min(size.get("vocabulary", 90), len(policy.lm_head.weight)))
@@ -136,6 +141,28 @@ def as_torch_does(policy: nn.Module, optimizer: torch.optim.AdamW) -> None:
         group["fused"] = None
 
 
+class _Rounded(torch.autograd.Function):
+    """A tensor with the values of a 16-bit copy; its gradient stays as wide as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return weight.to(dtype).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+class ExactHead(Head):
+    """Reads what autocast rounds the weight and the states to, and computes in float32."""
+
+    def _same_dtype(self, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not torch.is_autocast_enabled("cpu"):
+            return hidden_TD, self.weight
+        dtype = torch.get_autocast_dtype("cpu")
+        return hidden_TD.to(dtype).float(), _Rounded.apply(self.weight, dtype)
+
+
 def largest_difference(rows: list[Row], twins: list[Row]) -> float:
     """Relative, where numbers are above 1."""
     return max(
@@ -148,6 +175,8 @@ def largest_difference(rows: list[Row], twins: list[Row]) -> float:
 def compare(size: dict[str, Any], precision: str, rounds: int) -> dict[str, Any]:
     steps = {kind: make_step(size, precision, kind) for kind in KINDS}
     first = {kind: [step(i) for i in range(COMPARED_STEPS)] for kind, step in steps.items()}
+    exact = make_step(size, precision, "exact")
+    truth = [exact(i) for i in range(COMPARED_STEPS)]
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for turn in range(rounds):
         for kind in KINDS[turn % len(KINDS) :] + KINDS[: turn % len(KINDS)]:
@@ -161,6 +190,7 @@ def compare(size: dict[str, Any], precision: str, rounds: int) -> dict[str, Any]
         "torch_over_in_place": medians["torch"] / medians["in_place"],
         "autograd_over_in_place": medians["autograd"] / medians["in_place"],
         "metrics_differ_by": largest_difference(first["in_place"], first["torch"]),
+        "error": {kind: largest_difference(first[kind], truth) for kind in ("torch", "in_place")},
     }
 
 

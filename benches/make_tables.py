@@ -342,18 +342,22 @@ def _update(found: dict[str, Any]) -> str:
             f"{row['torch_over_in_place']:.2f}",
             f"{row['autograd_over_in_place']:.2f}",
             f"{row['metrics_differ_by']:.1e}",
+            f"{row['error']['torch']:.2e} / {row['error']['in_place']:.2e}",
         ]
         for row in found["rows"]
     ]
     header = ["size", "precision", "torch, ms", "autograd, ms", "in place, ms"]
     header += ["torch / in place", "autograd / in place", "metrics differ by"]
+    header += ["error: torch / in place"]
     return (
         "## BGPO's optimizer step\n\n"
         "torch: the head's gradient by autograd, one whole gradient for each micro-batch, torch's "
         "linear layers, AdamW tensor by tensor. autograd: linear layers through oneDNN, AdamW's "
         "fused step. In place: that, and the head's gradient added in place; what training does. "
-        "In float32 the numbers agree; in bf16 autograd rounds the head's gradient to 16 bits for "
-        f"each micro-batch. Process CPU time, median of {found['rounds']}, {found['threads']} "
+        "Metrics differ by: in place from torch, relative. Error: of both, from a head computed "
+        "in float32 with what autocast rounded; in bf16 what they share is far above what they "
+        "differ by (autograd rounds the head's gradient to 16 bits for each micro-batch). "
+        f"Process CPU time, median of {found['rounds']}, {found['threads']} "
         f"thread(s), torch {found['versions']['torch']}. Command: `python benches/bgpo_update.py`."
         "\n\n" + table(header, rows)
     )

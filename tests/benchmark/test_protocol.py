@@ -250,11 +250,15 @@ def test_the_page_shows_the_update(tmp_path):
         "torch_over_in_place": 2.0,
         "autograd_over_in_place": 1.25,
         "metrics_differ_by": 2e-7,
+        "error": {"torch": 3e-4, "in_place": 2.5e-4},
     }
     found = {"rows": [row], "rounds": 9, "threads": 1, "versions": {"torch": "2"}}
     (tmp_path / "bgpo_update.json").write_text(json.dumps(found))
     page = make_tables.render(tmp_path)
-    assert "| wide | fp32 | 400.0 | 250.0 | 200.0 | 2.00 | 1.25 | 2.0e-07 |" in page
+    assert (
+        "| wide | fp32 | 400.0 | 250.0 | 200.0 | 2.00 | 1.25 | 2.0e-07 | 3.00e-04 / 2.50e-04 |"
+        in page
+    )
     assert "bgpo_update" not in make_tables.render(tmp_path / "nothing")
 
 
