@@ -155,20 +155,17 @@ def test_masks_are_new_in_every_iteration_and_the_same_in_any_batch(variant):
 # --- what is a target
 
 
-def target_tokens(policy, trajectory, **options):
-    made = make(policy, **{"variant": "semi_ar", "mask_low": 1.0, "mask_high": 1.0} | options)
+def target_tokens(policy, trajectory, variant="semi_ar", **options):
+    """Tokens that are targets, in their order, and the forward passes. Drawn masks mask all."""
+    if variant in ("random_masking", "semi_ar"):
+        options = {"mask_low": 1.0, "mask_high": 1.0} | options
+    made = make(policy, variant=variant, **options)
     made.modules(policy)
-    group = demonstration(3, 2)
-    group.trajectories = [trajectory]
+    group = replace(demonstration(3, 2), trajectories=[trajectory])
     samples = made.prepare([group], context_of(policy))
     tokens = torch.cat([m.rows.token for m in samples])
     targets = torch.cat([m.rows.targets for m in samples])[tokens.argsort()]
     return targets.tolist(), samples
-
-
-def options_of(variant):
-    rates = {"mask_low": 1.0, "mask_high": 1.0} if variant in ("random_masking", "semi_ar") else {}
-    return {"variant": variant, **rates}
 
 
 @pytest.mark.parametrize(("variant", "kind"), EVERY)
@@ -178,14 +175,9 @@ def test_the_end_of_text_is_a_target_where_padding_has_its_id(variant, kind, mon
     monkeypatch.setattr(policy, "family", replace(policy.family, pad_id=EOS))
     (trajectory,) = demonstration(5, 6, pads=7).trajectories
     text = trajectory.response_ids.tolist()
-    made = {"mask_low": None, "mask_high": None, **options_of(variant)}
-    made = {name: value for name, value in made.items() if value is not None}
 
     def targets(num_pads, response=trajectory):
-        options = {**made, "num_pads": num_pads}
-        if variant in ("trace", "ar"):
-            options |= {"mask_low": 0.1, "mask_high": 0.9}
-        return target_tokens(policy, response, **options)[0]
+        return target_tokens(policy, response, variant, num_pads=num_pads)[0]
 
     assert text[5:] == [EOS] * 8
     assert targets(0) == text[:6]
@@ -206,8 +198,7 @@ def test_ids_are_never_made_from_text_again(variant, kind):
     policy = tiny(kind)
     (trajectory,) = demonstration(5, 6).trajectories
     trajectory.text = "something else"
-    options = {"mask_low": 0.1, "mask_high": 0.9, **options_of(variant)}
-    targets, _ = target_tokens(policy, trajectory, **options)
+    targets, _ = target_tokens(policy, trajectory, variant)
     assert targets == trajectory.response_ids.tolist()
 
 
@@ -235,8 +226,7 @@ def test_rows_of_each_variant():
     for variant, kind in EVERY:
         policy = tiny(kind)
         (trajectory,) = demonstration(5, 11).trajectories
-        options = {"mask_low": 0.1, "mask_high": 0.9, **options_of(variant)}
-        _, samples = target_tokens(policy, trajectory, **options)
+        _, samples = target_tokens(policy, trajectory, variant)
         counts[variant, kind] = sum(m.rows.input_ids.numel() for m in samples)
     assert counts == {
         ("random_masking", "full"): 16,
@@ -275,6 +265,31 @@ def test_micro_batches_and_ranks_add_up(variant, kind):
     made = make(policy, variant=variant, **number)
     twice = run(made, policy, groups + again, context_of(policy))[0]
     assert (twice.flat - whole.flat).norm() <= 1e-11 * whole.flat.norm()
+
+
+@pytest.mark.parametrize(("variant", "kind"), EVERY[:3])
+def test_a_draw_may_mask_nothing(variant, kind):
+    """Then there is no forward, and an iteration of nothing else is left out by the loop."""
+    policy = tiny(kind)
+    found = drawn(policy, [7] * 40, variant=variant, mask_low=0.0, mask_high=0.05)
+    assert 0 < len(found) < 40
+    made = make(policy, variant=variant, mask_low=0.0, mask_high=1e-7)
+    made.modules(policy)
+    about = context_of(policy)
+    samples = made.prepare([demonstration(4, 7)], about)
+    assert samples == [] and [u.micros for u in made.updates(samples, about)] == [[]]
+
+
+@pytest.mark.parametrize(("variant", "kind"), EVERY)
+def test_empty_demonstrations_are_left_out(variant, kind):
+    policy = tiny(kind)
+    empty = replace(demonstration(4, 7).trajectories[0], response_ids=torch.tensor([]).long())
+    groups = [demonstration(4, 7), replace(demonstration(4, 7), trajectories=[empty])]
+    results = [
+        run(make(policy, variant=variant), policy, chosen, context_of(policy))[0]
+        for chosen in (groups, groups[:1])
+    ]
+    assert torch.equal(results[0].flat, results[1].flat)
 
 
 # --- curriculum
