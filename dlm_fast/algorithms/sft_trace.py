@@ -33,9 +33,8 @@ def collect_traces(
 ) -> list[Traced]:
     """The responses with the steps, 1, 2, ... in the order of blocks, that reveal their targets.
 
-    Ties go to the position further left. ``layout``: its ``shrink`` is not used here.
+    Ties go to the position further left. States have one step each, so ``layout.shrink`` is idle.
     """
-    layout = replace(layout, shrink=1)
     blocks = [blocks_of(r, layout.kind, layout.block_size) for r in responses]
     rounds = [torch.zeros_like(block_n) for block_n in blocks]
     pending = [r.trainable[0].clone() for r in responses]

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from sft_definitions import EVERY, Spelt, demonstration, make, tiny
 
 import dlm_fast
-from dlm_fast.algorithms.sft_states import demonstrated
+from dlm_fast.algorithms.sft_states import demonstrated, one_block_at_a_time
 from dlm_fast.algorithms.sft_trace import collect_traces
-from dlm_fast.algorithms.trace_rows import NEVER
+from dlm_fast.algorithms.trace_rows import NEVER, Traced
 from dlm_fast.algorithms.trace_tokens import Layout
 from dlm_fast.models.requests import StatsRequest
 from dlm_fast.rollout import sample
@@ -139,6 +139,44 @@ def test_recorded_steps_are_taken_as_they_are():
     assert [recorded[token] for token in range(8)] == [2, 1, 1, 3, 4, 4, 5, 5]
     first = groups[0].trajectories[0].prompt_ids.tolist()
     assert asked and all(ids[: len(first)].tolist() != first for ids in asked)
+
+
+@pytest.mark.parametrize("kind", ["full", "block"])
+def test_masks_are_no_guess(kind):
+    """A model that would say "mask" everywhere is as sure as of what it would say next."""
+    policy = copy.deepcopy(tiny(kind))
+    mask = policy.family.mask_id
+    with torch.no_grad():
+        policy.lm_head.weight[mask] = (
+            2 * policy.lm_head.weight.mean(0) + 3 * policy.lm_head.weight[5]
+        )
+    group = demonstration(4, 12)
+    text = Spelt(policy, group.trajectories[0], 4, WINDOW, 12)
+    made = make(policy, variant="trace")
+    made.modules(policy)
+    found: dict[int, set[int]] = {}
+    for micro in made.prepare([group], context_of(policy)):
+        for token, step in zip(micro.rows.token.tolist(), micro.rows.step.tolist(), strict=True):
+            found.setdefault(step, set()).add(token)
+    assert [found[step] for step in sorted(found)] == [set(s) for s in text.greedy_steps(2)]
+
+
+def test_one_block_at_a_time():
+    """Earlier blocks are known but for what was never visible; later ones are masked."""
+    step = torch.tensor([[1, NEVER, 2, 1, 2]], dtype=torch.int32)
+    response = Traced(
+        trajectory=demonstration(3, 5).trajectories[0],
+        ids=torch.arange(5),
+        step=step,
+        trainable=step == 2,
+    )
+    made = one_block_at_a_time(response, 2)
+    assert made.step.tolist() == [
+        [1, NEVER, NEVER, NEVER, NEVER],
+        [0, NEVER, 2, 1, NEVER],
+        [0, NEVER, 0, 0, 2],
+    ]
+    assert made.trainable.nonzero().tolist() == [[1, 2], [2, 4]]
 
 
 def test_the_trace_is_that_of_the_present_weights():

@@ -106,29 +106,33 @@ def test_values_and_gradients(
 # --- what is drawn
 
 
-def drawn(policy, lengths, iteration=0, **options):
-    made = make(policy, **{"variant": "semi_ar", "num_samples": 1} | options)
+def drawn(policy, lengths, iteration=0, prompt=4, **options):
+    made = make(policy, window=26, **{"variant": "semi_ar"} | options)
     made.modules(policy)
-    groups = [demonstration(4, length, i) for i, length in enumerate(lengths)]
+    groups = [demonstration(prompt, length, i) for i, length in enumerate(lengths)]
     return targets_of(made.prepare(groups, context_of(policy, iteration=iteration)))
 
 
-@pytest.mark.parametrize("kind", ["block", "full"])
-def test_rates_belong_to_blocks(kind):
+@pytest.mark.parametrize(("kind", "first"), [("block", 2), ("full", 0)])
+def test_rates_belong_to_blocks(kind, first):
     """A rate per token would mask each with probability 1/2, whatever the range: the counts of
-    four tokens would be binomial."""
-    policy = tiny(kind)
-    found = drawn(policy, [24] * 500)
+    four tokens would be binomial. Blocks have a grid of their own in a block model: six tokens of
+    prompt leave two of its second block to the response."""
+    found = drawn(tiny(kind), [26] * 500, prompt=6)
     counts = torch.zeros(500, 6, dtype=torch.int64)
     for response, names in found.items():
-        for _, token in names:
-            counts[response, token // 4] += 1
+        # orders of full attention count blocks, and each holds the targets of its own
+        tokens = {token for _, token in names if first <= token < first + 24}
+        for token in tokens:
+            counts[response, (token - first) // 4] += 1
     share = counts.flatten().bincount(minlength=5) / counts.numel()
     law = torch.tensor([0.1476, 0.2295, 0.2457, 0.2295, 0.1476])
     binomial = torch.tensor([0.0625, 0.25, 0.375, 0.25, 0.0625])
     error = (law * (1 - law) / counts.numel()).sqrt()  # blocks are independent of one another
     assert bool(((share - law).abs() < 4 * error).all())
     assert not bool(((share - binomial).abs() < 4 * error).all())
+    correlation = torch.corrcoef(counts.double().T).triu(1).abs()
+    assert correlation.max() < 4 / 500**0.5, "a rate was shared by blocks"
 
 
 def test_a_random_mask_has_one_rate():
