@@ -180,10 +180,11 @@ bool may_run(const Fiber& fiber) {
                            " have left the kernel");
 }
 
-// All ones are NaN in every floating-point type.
+// NaN in every floating-point type; no -1, which programs give a meaning.
 void poison(Block& block) {
-  if (machine->launch->shared_bytes)
-    std::memset(block.shared.get(), 0xFF, machine->launch->shared_bytes);
+  constexpr unsigned char kWord[4] = {0xFF, 0xFF, 0xFF, 0x7F};
+  for (std::size_t i = 0; i < machine->launch->shared_bytes; ++i)
+    block.shared.get()[i] = kWord[i % sizeof(kWord)];
 }
 
 void set_up_block(unsigned rank, unsigned block_x, unsigned block_y) {
@@ -221,20 +222,35 @@ std::vector<std::size_t> turns(std::size_t count, Order order, std::mt19937_64& 
   return indices;
 }
 
-// Until all fibers are done.
+// A turn for the fiber if it may run. Counts down where it is done.
+bool take_turn(Fiber& fiber, std::size_t& left) {
+  if (!may_run(fiber)) return false;
+  fiber.state = State::kReady;
+  resume(fiber);
+  if (fiber.state == State::kDone) {
+    --left;
+    // a block that has left keeps nothing for others of its cluster
+    if (--fiber.block->running == 0) poison(*fiber.block);
+  }
+  return true;
+}
+
+// Until all fibers are done. In reverse order a warp goes as far as it can before the next one:
+// with a turn each, no thread would be more than a meeting of its warp behind.
 void run_fibers(Order order, std::mt19937_64& random) {
-  for (std::size_t left = machine->fibers.size(); left > 0;) {
+  const std::size_t count = machine->fibers.size();
+  const std::size_t group = order == Order::kReverse ? kWarp : count;
+  for (std::size_t left = count; left > 0;) {
+    const std::vector<std::size_t> indices = turns(count, order, random);
     bool moved = false;
-    for (const std::size_t index : turns(machine->fibers.size(), order, random)) {
-      Fiber& fiber = machine->fibers[index];
-      if (!may_run(fiber)) continue;
-      fiber.state = State::kReady;
-      resume(fiber);
-      moved = true;
-      if (fiber.state != State::kDone) continue;
-      --left;
-      // a block that has left keeps nothing for others of its cluster
-      if (--fiber.block->running == 0) poison(*fiber.block);
+    for (std::size_t first = 0; first < count; first += group) {
+      for (bool again = true; again;) {
+        bool any = false;
+        for (std::size_t i = first; i < first + group; ++i)
+          any = take_turn(machine->fibers[indices[i]], left) || any;
+        moved = moved || any;
+        again = any && group < count;
+      }
     }
     if (!moved) report_stuck();
   }

@@ -15,7 +15,7 @@ struct Kernel {
 };
 
 // In which order fibers and blocks get their turns. A missing barrier goes unseen in forward order
-// and shows in reverse.
+// and shows in reverse, where the last warp also runs ahead of the others.
 enum class Order : int { kForward = 0, kReverse = 1, kRandom = 2 };
 
 // Throws std::runtime_error where threads wait for one another for ever, where some leave before a

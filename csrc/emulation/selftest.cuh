@@ -46,6 +46,15 @@ DLM_DEVICE void left_lane(const SelftestParams& params) {
   words(params.output)[global_thread()] = shared_words()[thread % kWarp == 0 ? thread : thread - 1];
 }
 
+// The first warp's word, which others read after meetings of their own warps.
+template <bool kBarrier>
+DLM_DEVICE void late_word(const SelftestParams& params) {
+  if (thread_index() == 0) *shared_words() = 1;
+  if (kBarrier) sync_block();
+  for (int meeting = 0; meeting < 5; ++meeting) sync_warp();
+  words(params.output)[global_thread()] = *shared_words();
+}
+
 DLM_DEVICE void wait_at_two_places(const SelftestParams&) {
   if (thread_index() % 2) {
     sync_warp();
@@ -204,6 +213,8 @@ DLM_DEVICE void multiply_tiles(const SelftestParams& params) {
   DLM_SELFTEST(KERNEL, left_neighbour_no_barrier, left_neighbour<false>)   \
   DLM_SELFTEST(KERNEL, left_lane, left_lane<true>)                         \
   DLM_SELFTEST(KERNEL, left_lane_no_barrier, left_lane<false>)             \
+  DLM_SELFTEST(KERNEL, late_word, late_word<true>)                         \
+  DLM_SELFTEST(KERNEL, late_word_no_barrier, late_word<false>)             \
   DLM_SELFTEST(KERNEL, wait_at_two_places, wait_at_two_places)             \
   DLM_SELFTEST(KERNEL, leave_before_the_barrier, leave_before_the_barrier) \
   DLM_SELFTEST(KERNEL, leave_before_the_shuffle, leave_before_the_shuffle) \

@@ -14,7 +14,7 @@ from dlm_fast import _C_emulated
 from dlm_fast.ops._executor import Emulated
 
 CPU = torch.device("cpu")
-POISON = 0xFFFFFFFF  # what fresh shared memory holds
+POISON = 0x7FFFFFFF  # what fresh shared memory holds
 
 
 def launch(
@@ -65,6 +65,13 @@ def test_a_missing_barrier_shows_in_reverse_and_at_random(kernel):
     assert as_ints(launch(name, words(128))) == good, "in forward order it goes unseen"
     for order in ("reverse", "random"):
         assert POISON in as_ints(launch(name, words(128), order=order))
+
+
+@pytest.mark.parametrize("order", Emulated.ORDERS)
+def test_in_reverse_a_warp_runs_ahead(order):
+    assert set(as_ints(launch("late_word", words(128), order=order))) == {1}
+    ahead = as_ints(launch("late_word_no_barrier", words(128), order=order))
+    assert (POISON in ahead) == (order == "reverse")
 
 
 @pytest.mark.parametrize("order", Emulated.ORDERS)
