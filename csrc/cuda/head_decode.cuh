@@ -167,7 +167,6 @@ DLM_DEVICE void head_decode(const HeadDecodeParams& params) {
     }
     finish_split(params, split, has_columns, sums);
   }
-  copy_wait<0>();
 }
 
 // One block per row, after all splits.

@@ -100,6 +100,7 @@ struct Digit {
 };
 
 // By the first warp: the bin, from the highest down, in which the sum of weights reaches the goal.
+// Where there is none the scratch stays as it is.
 DLM_DEVICE void choose_bin(SelectScratch& scratch, Wide goal) {
   constexpr int kLaneBins = kBins / static_cast<int>(kWarp);
   const int lane = static_cast<int>(thread_index()), highest = kBins - 1 - lane * kLaneBins;
@@ -115,7 +116,6 @@ DLM_DEVICE void choose_bin(SelectScratch& scratch, Wide goal) {
     if (lane >= distance) through += other;
   }
   Wide before = through - sum;
-  if (lane == static_cast<int>(kWarp) - 1 && through < goal) scratch.bin = -1;
   for (int i = 0; i < kLaneBins; ++i) {
     if (before < goal && before + own[i] >= goal) {
       scratch.bin = highest - i;
@@ -140,7 +140,8 @@ DLM_DEVICE Digit find_digit(SelectScratch& scratch, Wide goal, const Fill& fill)
   for (int i = static_cast<int>(thread_index()); i < kBins * kCopies;
        i += static_cast<int>(thread_count()))
     scratch.weight[i / kCopies][i % kCopies] = 0;
-  sync_block();
+  sync_block();  // all have read what the search before this one has found
+  if (thread_index() == 0) scratch.bin = -1;
   fill(Histogram{scratch});
   sync_block();
   if (thread_index() < kWarp) choose_bin(scratch, goal);
@@ -221,10 +222,10 @@ DLM_DEVICE Cut filters_cut(const DrawRow& row, SelectScratch& scratch, float max
   Wide own = 0;
   row.visit_kept(cut, [&](int, float z) { own += mass(z); });
   const Wide total = sum_of_block(scratch, own);
-  if (total == 0) return cut;
   const double share = params.top_p * static_cast<double>(total);
   Wide goal = static_cast<Wide>(share);
-  if (static_cast<double>(goal) < share || goal == 0) ++goal;
+  if (static_cast<double>(goal) < share) ++goal;
+  // 0 only of a row without masses, where no search reaches it and the cut stays
   return select(row, scratch, cut, smaller_of(goal, total), mass);
 }
 

@@ -60,9 +60,8 @@ DLM_DEVICE Candidate no_candidate() {
   return {-infinity_of<float>(), 0.0f, -1};
 }
 
-// The lower id on equal scores.
+// The lower id on equal scores. Every column's score is above that of none.
 DLM_DEVICE Candidate better_of(const Candidate& a, const Candidate& b) {
-  if (a.id < 0 || b.id < 0) return a.id < 0 ? b : a;
   const bool second = b.score > a.score || (b.score == a.score && b.id < a.id);
   return second ? b : a;
 }
