@@ -27,10 +27,14 @@ def padded(logits_NV: Tensor) -> Tensor:
     return buffer[:, :vocabulary]
 
 
-def draw(
+def draw(executor: Emulated, logits_NV: Tensor, **options) -> dict[str, Tensor]:
+    return draw_there(executor, padded(logits_NV), **options)
+
+
+def draw_there(
     executor: Emulated, logits_NV: Tensor, *, top_k: int = 0, top_p: float = 1.0, **options
 ) -> dict[str, Tensor]:
-    logits_NV = padded(logits_NV)
+    """Of the logits where they lie."""
     rows = Rows(*logits_NV.shape, **options)
     plan = extension().plan_row_draw(
         rows.bound, (logits_NV.data_ptr(), logits_NV.stride(0)), top_k, top_p
@@ -119,6 +123,22 @@ def test_filters_keep_exactly_what_they_say(executor):
         assert set(ours["token"].tolist()) == expected, options
 
 
+def test_filters_at_their_edges(executor):
+    """Floats that differ in the last bit, a mass that is reached exactly, all columns but one."""
+    one, next_one = 1.0, 1.0 + 2.0**-23
+    cases = [
+        ([one, next_one, -9.0], {"top_k": 1}, {1}),
+        ([one, next_one, -9.0], {"top_k": 2}, {0, 1}),
+        ([0.0] * 4, {"top_p": 0.5}, {0, 1}),
+        ([0.0] * 5, {"top_k": 4}, {0, 1, 2, 3}),
+    ]
+    for logits, options, expected in cases:
+        ours = draw(
+            executor, torch.tensor(logits).expand(40, len(logits)), rng=keyed(40), **options
+        )
+        assert set(ours["token"].tolist()) == expected, options
+
+
 def test_both_zeros_are_equal(executor):
     logits = torch.tensor([-1.0, 0.0, -0.0, 0.0, -0.0]).expand(20, 5)
     for count in (1, 2, 3):
@@ -132,6 +152,22 @@ def test_equal_scores_go_to_the_lowest_id(executor):
         ours = draw(executor, logits, rng=rng, **options)
         assert torch.equal(ours["token"], logits.nonzero()[::2, 1])
         assert (ours["margin"] == 0).all()
+
+
+def test_neighbours_with_equal_scores(executor):
+    """In one thread's four, and as the last thread's and the first one's; noise does not count."""
+    logits = torch.zeros(2, 600)
+    logits[0, [8, 9]] = logits[1, [511, 512]] = 1e9
+    for options in ({}, {"top_k": 2}):
+        assert draw(executor, logits, rng=keyed(2), **options)["token"].tolist() == [8, 511]
+
+
+def test_the_first_column_is_drawn_as_others_are(executor):
+    logits = torch.tensor([0.0, 0.5]).expand(20, 2)
+    ours = draw(executor, logits, rng=keyed(20))
+    truth = truth_of(logits, rng=keyed(20), temperature=1.0)
+    assert torch.equal(ours["token"], truth.token) and set(ours["token"].tolist()) == {0, 1}
+    same_numbers(ours, truth)
 
 
 def test_ties_of_far_ids(executor):
@@ -150,7 +186,7 @@ def test_negative_and_forbidden_columns(executor):
     logits = random_logits(5, 61) - 100
     bias = torch.linspace(-1, 1, 61)
     forbidden = [0, 17, 60]
-    for options in ({}, {"top_k": 9}, {"top_p": 0.7}, {"top_k": 60}):
+    for options in ({}, {"top_k": 9}, {"top_p": 0.7}, {"top_k": 59}, {"top_k": 60}):
         ours = draw(executor, logits, rng=keyed(5), bias=bias, forbid_ids=forbidden, **options)
         truth = truth_of(
             logits + bias, rng=keyed(5), temperature=1.0, forbid_ids=forbidden, **options
@@ -172,6 +208,19 @@ def test_rows_that_are_not_there(executor):
         targets = torch.tensor([1, 2, -100, 3])
         ours = draw(executor, logits, targets=targets, skip_ignored=True, **options)
         assert all(value[2] == 0 for value in ours.values())
+
+
+@pytest.mark.parametrize("vocabulary", [5, 7, 8])
+def test_nothing_is_read_outside_of_the_logits(executor, vocabulary):
+    """The last row ends with its memory, where the sanitizers watch, and no target is inside."""
+    logits = torch.linspace(0, 1, 8 + vocabulary).as_strided((2, vocabulary), (8, 1))
+    targets = torch.tensor([-1, vocabulary])
+    bias = torch.zeros(vocabulary)
+    for options in ({}, {"rng": keyed(2), "top_p": 0.5}):
+        ours = draw_there(executor, logits, targets=targets, bias=bias, forbid_ids=[3], **options)
+        assert ours["logprob"].isnan().all()
+        truth = truth_of(logits, forbid_ids=[3])
+        same_numbers(ours, truth, ("lse", "entropy", "margin"))
 
 
 def test_a_row_does_not_depend_on_the_batch(executor):
