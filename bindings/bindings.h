@@ -20,6 +20,7 @@ void bind_mask_tokens(pybind11::module_& m);
 void bind_token_logprob(pybind11::module_& m);
 void bind_trace_pack(pybind11::module_& m);
 void bind_attention_merge(pybind11::module_& m);
+void bind_tree_attention(pybind11::module_& m);
 void bind_tree_pool(pybind11::module_& m);
 void bind_token_stats(pybind11::module_& m);
 void bind_weighted_logprob(pybind11::module_& m);

@@ -15,6 +15,7 @@ PYBIND11_MODULE(_C, m) {
   dlm_fast::bind_trace_pack(m);
   dlm_fast::bind_attention_merge(m);
   dlm_fast::bind_tree_pool(m);
+  dlm_fast::bind_tree_attention(m);
   dlm_fast::bind_weighted_logprob(m);
   dlm_fast::bind_row_stats(m);
   dlm_fast::bind_select_rows(m);

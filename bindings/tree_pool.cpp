@@ -14,6 +14,12 @@ void bind_tree_pool(py::module_& m) {
       .def(py::init<int64_t, int64_t>())
       .def_property_readonly("epoch", &TreePool::epoch)
       .def_property_readonly("made_pages", &TreePool::made_pages)
+      .def_property_readonly("version", &TreePool::version)
+      // raises unless the tokens of all these nodes may be read
+      .def("check_usable",
+           [](const TreePool& pool, const std::vector<int64_t>& handles) {
+             for (const int64_t handle : handles) pool.usable(handle);
+           })
       .def("alloc", &TreePool::alloc)
       .def("fork", &TreePool::fork)
       .def("find_root", &TreePool::find_root)

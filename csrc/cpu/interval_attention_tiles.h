@@ -83,17 +83,29 @@ struct AttentionTiles {
     return {data, rows.row_stride, in.width, in.dtype};
   }
 
+  // Where the rows of a tile lie in memory, in elements: apart by a stride, or anywhere.
+  struct Strided {
+    int64_t stride;
+    int64_t operator()(int64_t row) const {
+      return row * stride;
+    }
+  };
+
   // Keys [0, count) of a tile, turned: [strip][d][kTile], zero behind.
   static void pack_strips(const Matrix& matrix, int64_t count, Real* out) {
+    pack_strips(matrix, Strided{matrix.stride}, count, out);
+  }
+  template <class Offset>
+  static void pack_strips(const Matrix& matrix, const Offset& offset, int64_t count, Real* out) {
     for (int64_t strip = 0; strip < count; strip += kTile)
       for (int64_t d = 0; d < matrix.width; d += kLanes) {
         const int64_t columns = std::min<int64_t>(kLanes, matrix.width - d);
         V square[kLanes];
         for (int i = 0; i < kLanes; ++i)
-          square[i] = i < kTile && strip + i < count
-                          ? Gemm::read_vector(matrix.data, matrix.dtype,
-                                              (strip + i) * matrix.stride + d, columns)
-                          : V::set(0);
+          square[i] =
+              i < kTile && strip + i < count
+                  ? Gemm::read_vector(matrix.data, matrix.dtype, offset(strip + i) + d, columns)
+                  : V::set(0);
         V::transpose(square);
         // A store runs over into the next column, which comes after it.
         for (int64_t k = 0; k < columns; ++k)
@@ -103,13 +115,18 @@ struct AttentionTiles {
 
   // Keys [0, count) as rows of row_stride(width); odd rows are set aside.
   static void copy_rows(const Matrix& matrix, int64_t count, Real* out, OddRows<Real>& odd) {
+    copy_rows(matrix, Strided{matrix.stride}, count, out, odd);
+  }
+  template <class Offset>
+  static void copy_rows(const Matrix& matrix, const Offset& offset, int64_t count, Real* out,
+                        OddRows<Real>& odd) {
     const int64_t stride = row_stride(matrix.width);
     odd.clear();
     for (int64_t j = 0; j < count; ++j) {
       V check = V::set(0);
       for (int64_t d = 0; d < matrix.width; d += kLanes) {
         const V numbers =
-            Gemm::read_vector(matrix.data, matrix.dtype, j * matrix.stride + d, matrix.width - d);
+            Gemm::read_vector(matrix.data, matrix.dtype, offset(j) + d, matrix.width - d);
         check = V::fma(numbers, V::set(0), check);
         numbers.store(out + j * stride + d);
       }
@@ -151,6 +168,11 @@ struct AttentionTiles {
     bool masked;              // some pair in it does not see each other
     uint32_t bits[kKeyTile];  // by key of the tile; all lines where not masked
 
+    // Keys [0, count), all seen by all; the caller may take bits away.
+    explicit Part(int64_t count) : first(0), last(round_up(count, kTile)), masked(count < last) {
+      std::fill(bits, bits + count, ~0u);
+      std::fill(bits + count, bits + last, 0u);
+    }
     Part(const IntervalAttentionPlan& plan, int64_t panel, const TileEntry& entry)
         : first(entry.first / kTile * kTile), last(round_up(entry.last, kTile)) {
       masked = !entry.full || first < entry.first || entry.last < last;

@@ -214,6 +214,7 @@ void TreePool::give_pages(int32_t place, int64_t count) {
 
 void TreePool::drop_pages(int32_t place) {
   std::vector<int32_t>& pages = nodes_[place].pages;
+  ++version_;
   // Backwards, so that the next node gets them in order.
   for (auto page = pages.rbegin(); page != pages.rend(); ++page) {
     owner_[*page] = -1;

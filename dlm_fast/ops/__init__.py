@@ -25,6 +25,12 @@ from dlm_fast.ops.trace_pack import (
     trace_conditionals_ref,
     trace_pack,
 )
+from dlm_fast.ops.tree_attention import (
+    TreePlan,
+    plan_tree_attention,
+    tree_attention,
+    tree_attention_ref,
+)
 from dlm_fast.ops.tree_kv_pool import PoolNode, PoolStats, Refill, TreeKVPool, TreePoolExhausted
 from dlm_fast.ops.unmask_select import unmask_select, unmask_select_ref
 from dlm_fast.ops.visibility import Visibility
@@ -63,6 +69,10 @@ __all__ = [
     "AttentionState",
     "lse_to_natural",
     "lse_from_natural",
+    "tree_attention",
+    "tree_attention_ref",
+    "plan_tree_attention",
+    "TreePlan",
     "TreeKVPool",
     "TreePoolExhausted",
     "PoolNode",

@@ -122,29 +122,29 @@ class TreeKVPool:
         self.num_layers, self.key_heads, self.width = num_layers, key_heads, width
         self.page, self.dtype, self.device = page, dtype, torch.device(device)
         self._layout, self._max_pages = layout, max_pages
-        self._core: Any = extension().TreePool(page, -1 if max_pages is None else max_pages)
+        self.core: Any = extension().TreePool(page, -1 if max_pages is None else max_pages)
         self._layers: dict[int, Tensor] = {}
 
     # --- nodes
 
     def alloc(self, token_ids: Sequence[int] | Tensor = ()) -> int:
         """A new root with these tokens; ``slots(node)`` is where to write their keys."""
-        node = self._core.alloc()
+        node = self.core.alloc()
         try:
             self.append([node], token_ids)
         except BaseException:
-            self._core.release(node)
+            self.core.release(node)
             raise
         return node
 
     def find_root(self, token_ids: Sequence[int] | Tensor) -> int | None:
         """A root with exactly these tokens that has been forked in this epoch; not held."""
-        node = self._core.find_root(_integers(token_ids))
+        node = self.core.find_root(_integers(token_ids))
         return None if node < 0 else node
 
     def fork(self, node: int, count: int = 1) -> list[int]:
         """``count`` new empty children; the node is sealed. Nothing is copied."""
-        return self._core.fork(node, count)
+        return self.core.fork(node, count)
 
     def append(
         self,
@@ -165,23 +165,23 @@ class TreeKVPool:
                 )
             counts = [len(token_ids) // len(nodes)] * len(nodes) if nodes else []
         with _exhaustion():
-            slots = self._core.append(list(nodes), list(counts), token_ids)
+            slots = self.core.append(list(nodes), list(counts), token_ids)
         return self._tensor(slots)
 
     def hold(self, node: int) -> None:
         """One more ``release`` is due."""
-        self._core.hold(node)
+        self.core.hold(node)
 
     def release(self, node: int) -> None:
         """Gives a handle back, and a pin with it. A node that nobody holds and that has no child
         frees its pages and counts as its parent's child no longer."""
-        self._core.release(node)
+        self.core.release(node)
 
     def pin(self, nodes: Sequence[int]) -> Refill:
         """Keeps the pages of held nodes and of all above them, from now on. What was evicted gets
         pages again and has to be computed and written before it is read."""
         with _exhaustion():
-            handles, tokens, positions, slots = self._core.pin(list(nodes))
+            handles, tokens, positions, slots = self.core.pin(list(nodes))
         return Refill(
             nodes=tuple(handles),
             token_ids=self._tensor(tokens),
@@ -191,14 +191,14 @@ class TreeKVPool:
 
     def unpin(self, node: int) -> None:
         """The node's pages may be taken when pages run out; its tokens stay known."""
-        self._core.unpin(node)
+        self.core.unpin(node)
 
     def split(self, node: int, count: int) -> int:
         """Cuts a node after ``count`` of its tokens; returns the new node above the cut, which is
         held by its child alone. ``node`` goes on to name the end of the path. A cut inside a page
         copies the tokens of that page before it; a cut between pages copies nothing."""
         with _exhaustion():
-            upper, from_page, to_page, begin, end = self._core.split(node, count)
+            upper, from_page, to_page, begin, end = self.core.split(node, count)
         if to_page >= 0:
             for layer in self._layers:
                 kv = self.layer(layer)
@@ -208,16 +208,16 @@ class TreeKVPool:
     def evict(self, num_pages: int) -> int:
         """Frees pages of nodes without pin, the longest unused first; how many were freed. Happens
         by itself when pages run out."""
-        return self._core.evict(num_pages)
+        return self.core.evict(num_pages)
 
     def advance_epoch(self) -> None:
         """The weights changed: from now on the nodes there are can only be released."""
-        self._core.advance_epoch()
+        self.core.advance_epoch()
 
     @property
     def epoch(self) -> int:
         """How often the weights have changed."""
-        return self._core.epoch
+        return self.core.epoch
 
     # --- keys and values
 
@@ -226,7 +226,7 @@ class TreeKVPool:
         if not 0 <= index < self.num_layers:
             raise ValueError(f"TreeKVPool: layer {index} of {self.num_layers} does not exist")
         held = self._layers.get(index)
-        num_pages = self._core.made_pages
+        num_pages = self.core.made_pages
         if held is None or held.shape[0] < num_pages:
             held = self._layers[index] = self._grown(held, num_pages)
         return held
@@ -255,7 +255,7 @@ class TreeKVPool:
 
     def node(self, node: int) -> PoolNode:
         """What the pool knows of a living node."""
-        parent, start, length, children, holds, pins, sealed, evicted, epoch = self._core.node(node)
+        parent, start, length, children, holds, pins, sealed, evicted, epoch = self.core.node(node)
         return PoolNode(
             parent=parent,
             start=start,
@@ -270,11 +270,11 @@ class TreeKVPool:
 
     def path(self, node: int) -> list[int]:
         """The nodes from the root to this one."""
-        return self._core.path(node)
+        return self.core.path(node)
 
     def tokens(self, node: int) -> list[int]:
         """Token ids of the node alone."""
-        return self._core.tokens(node)
+        return self.core.tokens(node)
 
     def path_tokens(self, node: int) -> list[int]:
         """Token ids of the whole path."""
@@ -282,7 +282,7 @@ class TreeKVPool:
 
     def slots(self, node: int) -> Tensor:
         """int64, slots of the node's own tokens."""
-        return self._tensor(self._core.slots(node))
+        return self._tensor(self.core.slots(node))
 
     def path_slots(self, node: int) -> Tensor:
         """int64, slots of all tokens of the path."""
@@ -291,7 +291,7 @@ class TreeKVPool:
     @property
     def stats(self) -> PoolStats:
         """Counts as they are now."""
-        used, _, peak, nodes, tokens, evicted_nodes, evicted_tokens = self._core.stats()
+        used, _, peak, nodes, tokens, evicted_nodes, evicted_tokens = self.core.stats()
         page_bytes = 2 * self.page * self.key_heads * self.width * self.dtype.itemsize
         return PoolStats(
             used_pages=used,
@@ -305,7 +305,7 @@ class TreeKVPool:
 
     def check(self) -> None:
         """Raises RuntimeError unless every page has one owner or is free, and all counts match."""
-        self._core.check()
+        self.core.check()
 
     def _tensor(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)

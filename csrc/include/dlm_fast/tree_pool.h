@@ -88,6 +88,11 @@ class TreePool {
   int64_t evict(int64_t num_pages);
   void advance_epoch() {
     ++epoch_;
+    ++version_;
+  }
+  // Goes up whenever a page changes hands: a plan of before may read what is not there any more.
+  int64_t version() const {
+    return version_;
   }
 
   TreePoolStats stats() const;
@@ -129,7 +134,7 @@ class TreePool {
   void unprotect(const std::vector<int32_t>& places);
 
   int64_t page_, max_pages_;
-  int64_t epoch_ = 0, clock_ = 0, peak_ = 0;
+  int64_t epoch_ = 0, clock_ = 0, peak_ = 0, version_ = 0;
   std::vector<Node> nodes_;
   std::vector<int32_t> free_nodes_;
   std::vector<int32_t> owner_;       // [made_pages] place of a page's node; -1: free
