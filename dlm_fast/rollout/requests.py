@@ -15,12 +15,22 @@ _ID_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def check_family(policy: Any, config: SamplerConfig) -> None:
-    """The denoising loop needs a mask token and, for block models, the model's own blocks."""
+    """A diffusion model needs a mask token, a block model its own blocks; a causal one has neither
+    steps nor rules."""
     family = policy.family
-    if family.kind == "causal":
+    bad = [i for i in config.forbid_ids if i >= family.vocab_size]
+    if bad:
         raise ValueError(
-            f"model family {family.model_type!r} is causal: it decodes left to right, which needs "
-            f"the tree sampler (rollout.cache=tree), not in this version; load a diffusion model"
+            f"rollout.forbid_ids {bad} lie outside the vocabulary of {family.vocab_size} tokens"
+        )
+    if family.kind == "causal":
+        _check_causal_family(family, config)
+        return
+    if config.cache == "tree":
+        raise ValueError(
+            f"rollout.cache=tree keeps the keys of paths that share their beginnings; model family "
+            f"{family.model_type!r} decodes every row by itself: set rollout.cache to none, or to "
+            "block for block models"
         )
     if family.mask_id is None:
         raise ValueError(
@@ -32,12 +42,6 @@ def check_family(policy: Any, config: SamplerConfig) -> None:
             f"rollout.block_size={config.block_size} differs from the model's own blocks of "
             f"{family.block_size}; set rollout.block_size={family.block_size}"
         )
-    bad = [i for i in config.forbid_ids if i >= family.vocab_size]
-    if bad:
-        raise ValueError(
-            f"rollout.forbid_ids {bad} lie outside the vocabulary of {family.vocab_size} tokens"
-        )
-
     if config.cache == "block" and family.kind != "block":
         raise ValueError(
             f"rollout.cache=block keeps finished blocks, which needs a block model; model family "
@@ -49,6 +53,40 @@ def check_family(policy: Any, config: SamplerConfig) -> None:
             f"rollout.cache={config.cache} approximates models that see the whole sequence; model "
             f"family {family.model_type!r} works in blocks: set rollout.cache=block (exact)"
         )
+
+
+def _check_causal_family(family: Any, config: SamplerConfig) -> None:
+    name = f"model family {family.model_type!r} is causal: it decodes token after token, so"
+    if family.logit_shift != 1:
+        raise ValueError(
+            f"{name} row i - 1 has to predict token i; its logit_shift is {family.logit_shift}"
+        )
+    for option, value, default in (
+        ("rule", config.rule, ("top_k", "sequential")),
+        ("confidence", config.confidence, ("probability",)),
+        ("forbid_eos_confidence", config.forbid_eos_confidence, (False,)),
+        ("cache", config.cache, ("none", "tree")),
+    ):
+        if value not in default:
+            raise ValueError(
+                f"{name} rollout.{option}={value} has no meaning; set it to "
+                f"{' or '.join(map(str, default))}"
+            )
+
+
+def check_causal(fixed_ids: object, rule: object) -> None:
+    """What ``sample`` takes for the denoising loop alone."""
+    for name, given in (("fixed_ids", fixed_ids), ("rule", rule)):
+        if given is not None:
+            raise ValueError(
+                f"{name} belongs to the denoising loop; a causal model decodes token after token: "
+                "leave it out"
+            )
+
+
+def check_max_batch(max_batch: int | None) -> None:
+    if max_batch is not None and max_batch < 1:
+        raise ValueError(f"max_batch must be at least 1, got {max_batch}")
 
 
 def check_rule(rule: UnmaskRule, config: SamplerConfig) -> None:
@@ -90,7 +128,7 @@ def _check_prompt(policy: Any, index: int, prompt: Tensor | str, config: Sampler
     if ids_P.numel() == 0:
         raise ValueError(f"prompt {index} is empty; every rollout needs at least one prompt token")
     _check_range(policy, f"prompt {index}", ids_P)
-    if bool((ids_P == policy.family.mask_id).any()):
+    if policy.family.mask_id is not None and bool((ids_P == policy.family.mask_id).any()):
         raise ValueError(
             f"prompt {index} contains the mask id {policy.family.mask_id}; "
             f"masked positions to be filled belong in fixed_ids, not in the prompt"

@@ -24,10 +24,13 @@ from torch import Tensor, nn
 
 from dlm_fast.ops import Rng, Stream, TokenStats
 from dlm_fast.rollout.cached_network import CachedNetwork
+from dlm_fast.rollout.causal import decode_rows
 from dlm_fast.rollout.network import Forward, Network, Recompute
 from dlm_fast.rollout.requests import (
+    check_causal,
     check_family,
     check_fixed,
+    check_max_batch,
     check_prompts,
     check_rule,
     check_sequence_ids,
@@ -55,7 +58,7 @@ def sample(
     rule: UnmaskRule | None = None,
     on_done: OnDone | None = None,
 ) -> list[Trajectory]:
-    """Decodes one response for every prompt.
+    """Decodes one response for every prompt; causal families token by token (``causal.py``).
 
     ``prompts``: texts (encoded with the chat template, if there is one) or id tensors [P].
     ``sequence_ids``: names of the random numbers, 0, 1, 2, ... by default.
@@ -68,10 +71,23 @@ def sample(
     while the other rows are still to be decoded.
     """
     check_family(policy, config)
+    if policy.family.kind == "causal":
+        check_causal(fixed_ids, rule)
+        check_max_batch(max_batch)
+        with torch.no_grad(), evaluating(policy):
+            return decode_rows(
+                policy,
+                check_prompts(policy, prompts, config),
+                config,
+                seed,
+                check_sequence_ids(sequence_ids, len(prompts)),
+                max_batch=max_batch,
+                forward=forward,
+                on_done=on_done,
+            )
     rule = rule if rule is not None else ConfiguredRule(config)
     check_rule(rule, config)
-    if max_batch is not None and max_batch < 1:
-        raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+    check_max_batch(max_batch)
     prompt_ids = check_prompts(policy, prompts, config)
     fixed_RW = check_fixed(policy, fixed_ids, len(prompt_ids), config)
     ids = check_sequence_ids(sequence_ids, len(prompt_ids))

@@ -24,7 +24,11 @@ QUOTA_RULES = ("top_k", "dynamic", "random", "sequential")
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """Sampling from a diffusion language model, block after block."""
+    """Sampling from a diffusion language model, block after block.
+
+    Causal models decode token after token: block_size, steps and the options of blocks have no
+    meaning for them, a response ends with an end-of-text token, and the cache is none or tree.
+    """
 
     max_new_tokens: int = 256
     """length of the response window in tokens"""
@@ -58,9 +62,10 @@ class SamplerConfig:
     """keys and values kept between steps. none: all are computed anew (exact). block: those of
     finished blocks are kept (exact, block models only). prefix: those before the current block,
     dual: all but the current block's, from the block's first step (approximate, models that see the
-    whole sequence). tree is not available yet"""
+    whole sequence). tree: those of all paths, common beginnings once (exact; causal models, and
+    trees of rollouts)"""
     cache_page: int = 0
-    """tokens of a page of the cache; 0: one block"""
+    """tokens of a page of the cache; 0: one block, cache tree: 16. There it is a power of two"""
     cache_pages: int | None = None
     """most pages of the cache held at once; rows wait until theirs are free. none: no limit"""
     fused_commit: bool = True
@@ -91,10 +96,15 @@ class SamplerConfig:
         self._check_cache()
 
     def _check_cache(self) -> None:
-        if self.cache not in ("none", "block", "prefix", "dual"):
+        if self.cache not in ("none", "block", "prefix", "dual", "tree"):
             raise ValueError(
-                f"rollout.cache={self.cache!r} is not available: choose none, block (block models) "
-                "or prefix or dual (approximate)"
+                f"rollout.cache={self.cache!r} is not available: choose none, block (block "
+                "models), prefix or dual (approximate), or tree (causal models, trees)"
+            )
+        if self.cache == "tree" and self.cache_page & (self.cache_page - 1):
+            raise ValueError(
+                f"rollout.cache_page must be a power of two for rollout.cache=tree, got "
+                f"{self.cache_page}"
             )
         for name, least in (("cache_page", 0), ("cache_pages", 1), ("prefix_horizon", 0)):
             value = getattr(self, name)
@@ -176,4 +186,5 @@ class SamplerConfig:
 
     def never_drawn(self, family: Any) -> tuple[int, ...]:
         """Ids that no draw from a model of ``family`` gives, each once."""
-        return tuple(dict.fromkeys((family.mask_id, *family.unused_ids, *self.forbid_ids)))
+        mask = () if family.mask_id is None else (family.mask_id,)
+        return tuple(dict.fromkeys((*mask, *family.unused_ids, *self.forbid_ids)))

@@ -133,12 +133,6 @@ def test_texts_come_back_as_text():
     assert 0 < len(policy.decode(trajectory.response_ids)) <= 6
 
 
-def test_a_causal_policy_is_refused():
-    policy = dlm_fast.load("tiny", width=16, layers=1, heads=2, kind="causal")
-    with pytest.raises(ValueError, match="tree sampler"):
-        sample(policy, ["1 + 2 ="], SamplerConfig(max_new_tokens=4, block_size=4, steps=4))
-
-
 @pytest.mark.parametrize("name", ["llada", "dream", "sdar"])
 def test_a_checkpoint_decodes_like_the_slow_definition(shared_data, name):
     policy = dlm_fast.load(shared_data / "checkpoints" / f"{name}_tiny")

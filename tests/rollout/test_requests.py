@@ -77,9 +77,7 @@ def test_too_long_for_the_model():
         sample(policy, [torch.tensor([1, 2, 3])], CONFIG)
 
 
-def test_causal_models_and_models_without_a_mask():
-    with pytest.raises(ValueError, match=r"'mock' is causal.*tree sampler.*not in this version"):
-        sample(policy_of(kind="causal"), [PROMPT], CONFIG)
+def test_models_without_a_mask():
     policy = policy_of()
     policy.family = dataclasses.replace(policy.family, mask_id=None)
     with pytest.raises(ValueError, match=r"has no mask id.*mask_id="):

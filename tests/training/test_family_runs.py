@@ -211,12 +211,6 @@ def test_algorithms_refuse_families_they_do_not_fit(
     assert not (tmp_path / "run").exists()
 
 
-def test_causal_models_do_not_denoise(tmp_path):
-    policy = load(write(tmp_path / "model", "llama"))
-    with pytest.raises(ValueError, match="'llama' is causal: it decodes left to right"):
-        dlm_fast.sample(policy, ["a"], SamplerConfig(max_new_tokens=8, block_size=8, steps=8))
-
-
 @pytest.mark.parametrize("kind", [{}, {"logit_shift": 1}, {"kind": "block"}])
 def test_float64_policies_sample(kind):
     policy = load("tiny", dtype="float64", width=16, layers=1, heads=2, **kind)

@@ -1,0 +1,154 @@
+"""Flat decoding of autoregressive models: one token after the other, each row by itself.
+
+Rows of equal prompts share the prompt's keys. Random numbers are keyed by (seed, sequence id,
+position), so a row does not depend on its company.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlm_fast.ops.tree_kv_pool import TreePoolExhausted
+from dlm_fast.rollout.network import Forward
+from dlm_fast.rollout.path_network import Drawing, PathNetwork, WholePaths
+from dlm_fast.rollout.path_nodes import PathNode, root_of
+from dlm_fast.rollout.pooled_paths import PooledPaths
+from dlm_fast.rollout.sampler_config import SamplerConfig
+from dlm_fast.rollout.trajectory import Trajectory
+
+
+def path_network(
+    policy: Any, sampler: SamplerConfig, seed: int, forward: Forward | None
+) -> PathNetwork:
+    """What ``rollout.cache`` names: whole paths (none), or kept keys (tree)."""
+    drawing = Drawing(
+        sampler=sampler,
+        forbid_ids=sampler.never_drawn(policy.family),
+        seed=seed,
+        device=getattr(policy, "device", "cpu"),
+    )
+    made = WholePaths if sampler.cache == "none" else PooledPaths
+    return made(policy, forward or policy.stats, drawing)
+
+
+def decode_rows(
+    policy: Any,
+    prompts: Sequence[Tensor],
+    sampler: SamplerConfig,
+    seed: int,
+    sequence_ids: Sequence[int],
+    *,
+    max_batch: int | None = None,
+    forward: Forward | None = None,
+    on_done: Callable[[list[int], list[Trajectory]], None] | None = None,
+) -> list[Trajectory]:
+    """One response per prompt [P], up to an end-of-text token or ``rollout.max_new_tokens``."""
+    network = path_network(policy, sampler, seed, forward)
+    eos_ids = frozenset(policy.family.eos_ids)
+    rows = _Rows(network, [tuple(prompt.tolist()) for prompt in prompts], sequence_ids, max_batch)
+    made: dict[int, Trajectory] = {}
+    while rows.enter():
+        try:
+            network.step(list(rows.inside.values()))
+        except TreePoolExhausted:
+            if len(rows.inside) == 1:
+                raise
+            rows.put_back()
+            continue
+        done = [
+            row
+            for row, node in rows.inside.items()
+            if node.tokens[-1] in eos_ids or len(node.tokens) == sampler.max_new_tokens
+        ]
+        if not done:
+            continue
+        found = [
+            _trajectory(prompts[row], rows.inside[row], sampler, seed, sequence_ids[row], eos_ids)
+            for row in done
+        ]
+        rows.leave(done)
+        made |= zip(done, found, strict=True)
+        if on_done is not None:
+            on_done(done, found)
+    return [made[row] for row in range(len(prompts))]
+
+
+class _Rows:
+    """Which rows decode now. Rows of equal prompts hang below one root."""
+
+    def __init__(
+        self,
+        network: PathNetwork,
+        prompts: Sequence[tuple[int, ...]],
+        sequence_ids: Sequence[int],
+        max_batch: int | None,
+    ) -> None:
+        self._network, self._prompts, self._sequence_ids = network, prompts, sequence_ids
+        self._most = len(prompts) if max_batch is None else max_batch
+        self._room = self._most
+        self._waiting = deque(range(len(prompts)))
+        self._unfinished = Counter(prompts)
+        self._roots: dict[tuple[int, ...], PathNode] = {}
+        self.inside: dict[int, PathNode] = {}
+
+    def enter(self) -> bool:
+        """Lets rows in while there is room; whether any is inside."""
+        while self._waiting and len(self.inside) < self._room:
+            row = self._waiting.popleft()
+            prompt = self._prompts[row]
+            if prompt not in self._roots:
+                self._roots[prompt] = root_of(prompt, 0)
+            root = self._roots[prompt]
+            self._network.reopen(root)
+            self.inside[row] = root.grow()
+            self.inside[row].key = self._sequence_ids[row]
+        return bool(self.inside)
+
+    def put_back(self) -> None:
+        """Pages ran out: the row that came last begins again when another one has finished."""
+        row, node = self.inside.popitem()
+        self._network.forget([node])
+        self._waiting.appendleft(row)
+        self._room = len(self.inside)
+
+    def leave(self, rows: Sequence[int]) -> None:
+        """These rows are finished; the last one of a prompt takes it along."""
+        self._room = self._most
+        for row in rows:
+            self._network.forget([self.inside.pop(row)])
+            prompt = self._prompts[row]
+            self._unfinished[prompt] -= 1
+            if not self._unfinished[prompt]:
+                self._network.forget([self._roots.pop(prompt)])
+
+
+def _trajectory(
+    prompt: Tensor,
+    node: PathNode,
+    sampler: SamplerConfig,
+    seed: int,
+    sequence_id: int,
+    eos_ids: frozenset[int],
+) -> Trajectory:
+    length = len(node.tokens)
+    return Trajectory(
+        prompt_ids=prompt.clone(),
+        response_ids=torch.tensor(node.tokens),
+        step_map=torch.arange(1, length + 1, dtype=torch.int32),
+        logp_rollout=torch.tensor(node.logprobs, dtype=torch.float32),
+        confidence=(
+            torch.tensor(node.confidences, dtype=torch.float32)
+            if sampler.record_confidence
+            else None
+        ),
+        sequence_id=sequence_id,
+        seed=seed,
+        block_size=1,
+        finish_reason="eos" if node.tokens[-1] in eos_ids else "length",
+        num_forwards=length,
+    )
