@@ -71,26 +71,17 @@ def sample(
     while the other rows are still to be decoded.
     """
     check_family(policy, config)
-    if policy.family.kind == "causal":
-        check_causal(fixed_ids, rule)
-        check_max_batch(max_batch)
-        with torch.no_grad(), evaluating(policy):
-            return decode_rows(
-                policy,
-                check_prompts(policy, prompts, config),
-                config,
-                seed,
-                check_sequence_ids(sequence_ids, len(prompts)),
-                max_batch=max_batch,
-                forward=forward,
-                on_done=on_done,
-            )
-    rule = rule if rule is not None else ConfiguredRule(config)
-    check_rule(rule, config)
     check_max_batch(max_batch)
     prompt_ids = check_prompts(policy, prompts, config)
-    fixed_RW = check_fixed(policy, fixed_ids, len(prompt_ids), config)
     ids = check_sequence_ids(sequence_ids, len(prompt_ids))
+    if policy.family.kind == "causal":
+        check_causal(fixed_ids, rule)
+        with torch.no_grad(), evaluating(policy):
+            keys: dict[str, Any] = {"max_batch": max_batch, "forward": forward, "on_done": on_done}
+            return decode_rows(policy, prompt_ids, config, seed, ids, **keys)
+    rule = rule if rule is not None else ConfiguredRule(config)
+    check_rule(rule, config)
+    fixed_RW = check_fixed(policy, fixed_ids, len(prompt_ids), config)
     family = policy.family
     with torch.no_grad(), evaluating(policy):
         windows = Windows(
