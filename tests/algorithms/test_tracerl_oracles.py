@@ -342,12 +342,13 @@ def test_moments_of_a_group():
 def test_a_fresh_value_model_leaves_the_gradient_alone():
     policy = tiny("block")
     groups, gradients = sampled_groups(policy), []
-    for value in ("own", "none"):
+    for value in ("own", "shared", "none"):
         algorithm = build(policy, value=value, gamma=1.0, lam=1.0)
         made, _ = context(algorithm, policy)
         (step,) = algorithm.prepare(groups, made).policy
         loss = sum(algorithm.loss(tokens, policy)[0] for tokens in step)
         parameters = [p for p in policy.parameters() if p.requires_grad]
         gradients.append(torch.autograd.grad(loss, parameters))
-    for with_value, without in zip(*gradients, strict=True):
-        assert torch.allclose(with_value, without, atol=1e-13)
+    for own, shared, without in zip(*gradients, strict=True):
+        assert torch.allclose(own, without, atol=1e-13)
+        assert torch.allclose(shared, without, atol=1e-13)

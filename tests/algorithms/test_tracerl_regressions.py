@@ -175,6 +175,11 @@ def test_steps_of_other_blocks_are_refused():
     with pytest.raises(ValueError, match="sampled with other blocks"):
         traced(eight, kind="block", eos_ids=[], block_size=4)
     assert traced(eight, kind="full", eos_ids=[], block_size=4).num_targets == 9
+    eight.block_size = 8  # as the sampler records it
+    assert traced(eight, kind="block", eos_ids=[], block_size=16).num_targets == 9
+    for size in (4, 12):
+        with pytest.raises(ValueError, match=f"blocks of 8 tokens, which blocks of {size} would"):
+            traced(eight, kind="block", eos_ids=[], block_size=size)
 
 
 # --- the optimizer step
