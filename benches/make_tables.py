@@ -26,6 +26,7 @@ from table_cells import (
     shape_of,
     table,
 )
+from trace_tables import attention_section, update_section
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
@@ -58,6 +59,9 @@ def render(results: Path = RESULTS) -> str:
     )
     if update := _load(results / "bgpo_update.json"):
         parts.append(_update(update))
+    for name, section in (("update", update_section), ("attention", attention_section)):
+        if trace := _load(results / f"trace_{name}.json"):
+            parts.append(section(trace))
     parts.append(_providers([found for found in (cpu, cuda) if found]))
     return "\n".join(parts)
 

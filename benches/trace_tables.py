@@ -1,0 +1,97 @@
+"""Sections of the benchmark page on TraceRL: a policy pass, and attention over its packs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from table_cells import Case, ms, ratio, table
+
+
+def _where(found: dict[str, Any]) -> str:
+    machine, versions = found["machine"], found["versions"]
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['instruction set']}; torch "
+        f"{versions['torch']}. Command: `{found['command']}`."
+    )
+
+
+def _seconds(case: Case) -> Any:
+    """See the page's opening."""
+    return case["cpu_s"]["least"] if case["threads"] == 1 else case["wall_s"]["median"]
+
+
+def update_section(found: dict[str, Any]) -> str:
+    pattern, model = found["pattern"], found["model"]
+    text = (
+        "## TraceRL's policy pass\n\n"
+        f"A response of {pattern['response']} tokens behind {pattern['prompt']}, blocks of "
+        f"{pattern['block_size']}, {pattern['steps']} steps as published for SDAR-4B on MATH500. "
+        "Forward, clipped objective with KL, backward; Qwen3's backbone of width "
+        f"{model['hidden_size']}, {model['num_hidden_layers']} layers, {model['vocab_size']} "
+        "tokens, float32. Published: a row [prompt, clean, noisy] for every round of the blocks, "
+        "one dense mask, logits of all rows or of the targets alone; packed, eager: our rows "
+        "through the same plain torch. Difference: of the loss, and the largest relative one of a "
+        "parameter's gradient, from ours. Providers in turn in one process, "
+        f"{found['rounds']} calls of each.\n{_where(found)}\n"
+    )
+    titles = {"later": "Old log-probabilities given", "first": "The policy has not moved yet"}
+    for update, title in titles.items():
+        rows = []
+        cases = [case for case in found["cases"] if case["update"] == update]
+        threads = list(dict.fromkeys(case["threads"] for case in cases))
+        for name in dict.fromkeys(case["provider"] for case in cases):
+            of_name = [case for case in cases if case["provider"] == name]
+            first = of_name[0]
+            cells = [name, str(first["rows"]), str(first["head_rows"])]
+            for case in of_name:
+                own = next(c for c in cases if c["threads"] == case["threads"])
+                cells += [ms(_seconds(case)), ratio(_seconds(case), _seconds(own))]
+            wrong = first["difference"]
+            cells += [f"{wrong['loss']:.1e}, {wrong['gradient']:.1e}"]
+            rows.append([*cells, f"{first['extra_bytes'] / 1e6:.0f}"])
+        header = ["", "rows", "rows of logits"]
+        for count in threads:
+            header += [f"ms, {count} thread{'s' * (count > 1)}", "ratio"]
+        text += f"\n{title}:\n\n" + table([*header, "difference", "extra MB"], rows)
+    return text
+
+
+def attention_section(found: dict[str, Any]) -> str:
+    heads, key_heads, width = found["heads"]
+    text = (
+        "## Attention over packed traces\n\n"
+        f"`interval_attention` and one `scaled_dot_product_attention` under a [T, T] mask, {heads} "
+        f"heads on {key_heads} of width {width}, float32; packs of recorded responses, blocks of "
+        "4, 2.28 tokens a step. Times: ms of ours (times of dense relative to it). Memory: dense "
+        "attention's with its mask. Error: largest absolute one of ours, values and gradients, "
+        f"against float64. Providers in turn in one process, {found['rounds']} calls of each.\n"
+        f"{_where(found)}\n"
+    )
+    for pack in dict.fromkeys(case["pack"] for case in found["cases"]):
+        cases = [case for case in found["cases"] if case["pack"] == pack]
+        header = ["rows"]
+        for one in cases[0]["times"]:
+            if one["provider"] == "ours":
+                plural = "s" * (one["threads"] > 1)
+                header.append(f"{one['work']}, {one['threads']} thread{plural}")
+        header += ["extra MB", "dense, extra MB", "error of values", "of gradients"]
+        text += f"\n{pack}:\n\n" + table(header, [_attention_row(case) for case in cases])
+    return text
+
+
+def _attention_row(case: Case) -> list[str]:
+    cells = [str(case["rows"])]
+    for one in case["times"]:
+        if one["provider"] == "ours":
+            same = (one["threads"], one["work"])
+            dense = next(
+                o
+                for o in case["times"]
+                if o["provider"] == "dense" and (o["threads"], o["work"]) == same
+            )
+            cells.append(f"{ms(_seconds(one))} ({ratio(_seconds(dense), _seconds(one))})")
+    cells += [f"{case['extra_bytes'][name] / 1e6:.1f}" for name in ("ours", "dense")]
+    errors = case.get("errors")
+    if errors is None:
+        return [*cells, "-", "-"]
+    return [*cells, f"{errors['out']:.1e}", f"{max(errors[n] for n in ('dq', 'dk', 'dv')):.1e}"]
