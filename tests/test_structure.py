@@ -24,7 +24,13 @@ BELOW = {
     "models": {"ops"},
     "rollout": {"ops", "models"},
     "tasks": set(),
-    "algorithms": {"ops", "models", "rollout.sampler_config", "rollout.trajectory"},
+    "algorithms": {
+        "ops",
+        "models",
+        "rollout.sampler_config",
+        "rollout.trajectory",
+        "rollout.tree",
+    },
     "training": {"ops", "models", "rollout", "tasks", "algorithms"},
     "integrations": {"ops", "models", "rollout", "algorithms"},
     "cli": {
