@@ -3,17 +3,20 @@
 With D = logp - logp_old, rho = exp(D):
 
     policy   -min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
+             dual clip: where A < 0, at most -c A
     k1 = D     k2 = D^2 / 2     k3 = exp(-D) - 1 + D        estimators of KL[pi || pi_old]
     value    0.5 max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2)
 
-Sources: PPO, arXiv 1707.06347; the estimators: J. Schulman, "Approximating KL divergence" (2020);
-averaging: TraceRL, arXiv 2509.06949, equation 3, and its open trainer.
+Sources: PPO, arXiv 1707.06347; dual clip: arXiv 1912.09729; the estimators: J. Schulman,
+"Approximating KL divergence" (2020); averaging: TraceRL, arXiv 2509.06949, equation 3, and its open
+trainer.
 
 Letters: ``U`` target tokens.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,12 +30,22 @@ LossAgg = Literal["token_mean", "step_mean", "slice_mean", "slice_len", "seq_mea
 
 
 def clipped_objective(
-    log_ratio_U: Tensor, advantage_U: Tensor, clip_low: float, clip_high: float
+    log_ratio_U: Tensor,
+    advantage_U: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float = math.inf,
 ) -> Tensor:
-    """[U], min(rho A, clip(rho) A), differentiable in the log-ratio."""
+    """[U], min(rho A, clip(rho) A), differentiable in the log-ratio.
+
+    ``dual_clip``: c, above 1; a token with A < 0 gets no gradient beyond the ratio c.
+    """
     ratio_U = log_ratio_U.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     clipped_U = ratio_U.clamp(1 - clip_low, 1 + clip_high)
-    return torch.minimum(ratio_U * advantage_U, clipped_U * advantage_U)
+    gain_U = torch.minimum(ratio_U * advantage_U, clipped_U * advantage_U)
+    if dual_clip == math.inf:
+        return gain_U
+    return torch.where(advantage_U < 0, torch.maximum(gain_U, dual_clip * advantage_U), gain_U)
 
 
 def kl_estimate(log_ratio_U: Tensor, kind: KL) -> Tensor:

@@ -33,6 +33,23 @@ def test_policy_oracle():
     assert value == pytest.approx([-0.8]) and slope == [0]
 
 
+def test_dual_clip_oracle():
+    """clip-higher and dual clip of DAPO and TreePO: low 0.2, high 0.28, c 10."""
+    ratios = [0.5, 0.9, 1.2, 1.3, 9.0, 11.0]
+    log_ratio = torch.tensor(ratios).double().log().tolist()
+    for sign, expected, moves in (
+        (1, [0.5, 0.9, 1.2, 1.28, 1.28, 1.28], [1, 1, 1, 0, 0, 0]),
+        (-1, [-0.8, -0.9, -1.2, -1.3, -9.0, -10.0], [0, 1, 1, 1, 1, 0]),
+    ):
+        advantage = torch.full((6,), float(sign), dtype=torch.float64)
+        value, slope = values_and_slopes(
+            lambda d, a=advantage: clipped_objective(d, a, 0.2, 0.28, 10), log_ratio
+        )
+        assert value == pytest.approx(expected, abs=1e-6)
+        slopes = [sign * m * r for m, r in zip(moves, ratios, strict=True)]
+        assert slope == pytest.approx(slopes, abs=1e-6)
+
+
 def test_log_ratios_are_bounded():
     one = torch.ones(2, dtype=torch.float64)
     value, slope = values_and_slopes(lambda d: clipped_objective(d, -one, 0.2, 0.2), [1e4, -1e4])
