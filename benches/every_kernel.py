@@ -35,6 +35,11 @@ def checks(device: str) -> Iterator[tuple[str, Check]]:
             yield f"weighted_logprob_, {where}", lambda h=head: _accumulating(h)
             yield f"token_stats, {where}", lambda h=head: _token_stats(h)
             yield f"token_stats with a draw, {where}", lambda h=head: _draw(h)
+    for dtype in (torch.float32, torch.bfloat16):
+        for width in (40, 128):
+            where = f"width {width}, {str(dtype).removeprefix('torch.')}"
+            yield f"tree_attention, {where}", lambda d=dtype, w=width: _tree_attention(device, d, w)
+    yield "merge_attention_states", lambda: _merge_attention_states(device)
     yield "mask_tokens", lambda: _mask_tokens(device)
     yield "unmask_select", lambda: _unmask_select(device)
     yield "GradAccumulator", lambda: _grad_accumulator(device)
@@ -127,6 +132,35 @@ def _draw(head: Head) -> None:
     )
     same = (found.token.cpu() == right.token).double().mean()
     assert same > 0.95, f"only {same:.0%} of the draws are those of the definition"
+
+
+def _tree_attention(device: str, dtype: torch.dtype, width: int) -> None:
+    pool = ops.TreeKVPool(num_layers=1, key_heads=2, width=width, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(0)
+    root = pool.alloc([0] * 75)
+    leaves = [leaf for inner in pool.fork(root, 3) for leaf in pool.fork(inner, 5)]
+    pool.append(leaves, [0] * (7 * len(leaves)))
+    numbers = torch.randn(pool.layer(0).shape, generator=generator)
+    pool.layer(0).copy_(numbers)
+    q = torch.randn(2 * len(leaves), 6, width, generator=generator).to(device, dtype)
+    for absorb in ("never", "always"):
+        plan = ops.plan_tree_attention(
+            pool, leaves, 2, query_heads=6, causal=True, chunk=40, absorb=absorb
+        )
+        found = ops.tree_attention(q, pool, plan)
+        right = ops.tree_attention_ref(q.double(), pool, plan)
+        _close("out", found.out, right.out, TOLERANCE[dtype])
+        _close("lse", found.lse, right.lse, 1e-5)
+
+
+def _merge_attention_states(device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    o, lse = torch.randn(9, 3, 40, generator=generator), torch.randn(9, 3, generator=generator)
+    indptr = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    right = ops.merge_attention_states_ref(o, lse, indptr)
+    found = ops.merge_attention_states(*(x.to(device) for x in (o, lse, indptr)))
+    _close("out", found.out, right.out, 1e-5)
+    assert torch.equal(found.lse.cpu()[1], right.lse[1]), "an empty row is not -inf"
 
 
 def _mask_tokens(device: str) -> None:

@@ -6,7 +6,10 @@
 #include <array>
 
 #include "bindings.h"
+#include "cuda/attention_merge_plan.h"
+#include "cuda/tree_attention_plan.h"
 #include "dlm_fast/check.h"
+#include "launch.h"
 
 namespace py = pybind11;
 
@@ -35,6 +38,56 @@ TreeAttentionInputs inputs_at(const std::array<int64_t, 4>& shape, int dtype,
           sizes_of(sizes),
           scale,
           threads};
+}
+
+// out, lse, states and their lse: addresses
+using Outputs = std::array<uintptr_t, 4>;
+
+cuda::TreeAttentionParams params_of(const TreeAttentionInputs& in, const Outputs& outputs) {
+  DLM_CHECK(in.key_heads > 0 && in.query_heads < 1 << 16 && in.width < 1 << 16,
+            "tree_attention: heads are missing, too many or too wide");
+  const TreePlanView plan = tree_plan_view(in.plan, in.sizes);
+  cuda::TreeAttentionParams params{};
+  params.query_heads = static_cast<int>(in.query_heads);
+  params.key_heads = static_cast<int>(in.key_heads);
+  params.width = static_cast<int>(in.width);
+  params.page = static_cast<int>(in.keys.page);
+  params.scale = static_cast<float>(in.scale);
+  params.q = in.q.data;
+  params.q_row_stride = in.q.row_stride;
+  params.q_head_stride = in.q.head_stride;
+  params.keys = in.keys.data;
+  params.page_stride = in.keys.page_stride;
+  params.value_stride = in.keys.value_stride;
+  params.token_stride = in.keys.token_stride;
+  params.head_stride = in.keys.head_stride;
+  params.items = plan.items;
+  params.piece_slots = plan.piece_slots;
+  params.piece_starts = plan.piece_starts;
+  params.rows = plan.rows;
+  params.limits = plan.limits;
+  params.destinations = plan.destinations;
+  params.out = pointer<void>(outputs[0]);
+  params.lse = pointer<float>(outputs[1]);
+  params.part_states = pointer<float>(outputs[2]);
+  params.part_lse = pointer<float>(outputs[3]);
+  return params;
+}
+
+// The launch over items, where there are any, and that over the rows whose parts it leaves.
+py::list launches_of(const TreeAttentionInputs& in, const Outputs& outputs, int64_t most_rows) {
+  const TreePlanView plan = tree_plan_view(in.plan, in.sizes);
+  const cuda::TreeAttentionParams params = params_of(in, outputs);
+  py::list launches;
+  if (in.sizes.items > 0)
+    launches.append(
+        to_python(cuda::plan_tree_attention(params, in.dtype, in.sizes.items, most_rows)));
+  if (in.sizes.merges > 0)
+    launches.append(to_python(cuda::plan_attention_merge(
+        {params.query_heads, params.width, params.part_states, params.part_lse, plan.merge_indptr,
+         plan.merge_places, params.out, params.lse},
+        in.sizes.merges, in.dtype)));
+  return launches;
 }
 
 }  // namespace
@@ -68,6 +121,7 @@ void bind_tree_attention(py::module_& m) {
     py::gil_scoped_release release;
     cpu::tree_attention(inputs, pointer<void>(out), pointer<void>(lse));
   });
+  m.def("plan_tree_attention", &launches_of);
   m.def("tree_plan_numbers",
         [](const std::array<int64_t, 6>& sizes) { return tree_plan_numbers(sizes_of(sizes)); });
 }

@@ -26,7 +26,7 @@ def extend(pool: TreeKVPool, node: int, count: int, generator: torch.Generator) 
                 kv[page] = torch.nan
         numbers = torch.randn(
             2, count, pool.key_heads, pool.width, generator=generator, dtype=torch.float64
-        ).to(pool.dtype)
+        ).to(pool.device, pool.dtype)
         pool.write(layer, slots, numbers[0], numbers[1])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dlm_fast.ops._common import addresses, extension
 from dlm_fast.ops._cuda_head import Chunk, HeadCall, column_index, logit_chunks
-from dlm_fast.ops._executor import Emulated
+from dlm_fast.ops._executor import Emulated, Executor
 from dlm_fast.ops._head_inputs import FLOAT_DTYPES
 
 TOKEN_OUTPUTS = (
@@ -81,7 +81,7 @@ def _from_head(call: HeadCall, draw: TokenDraw, outputs: dict[str, Tensor]) -> N
         (weight.data_ptr(), weight.stride(0)),
         hidden.shape[1],
         addresses(partials, target_logit_N),
-        _device_facts(call),
+        device_facts(call.executor, call.device),
     )
     for plan in plans:
         call.launch(plan)
@@ -110,15 +110,15 @@ def _bound(
     )
 
 
-def _device_facts(call: HeadCall) -> tuple[int, int]:
-    if isinstance(call.executor, Emulated):
+def device_facts(executor: Executor, device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a block may ask for."""
+    if isinstance(executor, Emulated):
         return EMULATED_DEVICE
-    return _cuda_facts(call.device)
+    return _cuda_facts(device)
 
 
 @functools.cache
 def _cuda_facts(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a block may ask for."""
     properties = torch.cuda.get_device_properties(device)
     # every device since sm_80 has what stands for torch versions that do not say it
     most = getattr(properties, "shared_memory_per_block_optin", 99 << 10)

@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dlm_fast.ops._common import addresses, check_dtype, extension, num_threads, refuse_cuda
+from dlm_fast.ops._common import addresses, check_dtype, extension, num_threads
+from dlm_fast.ops._device import check_device
+from dlm_fast.ops._executor import executor_of
 from dlm_fast.ops._head_inputs import FLOAT_DTYPES, output_dtype
 
 
@@ -45,13 +47,13 @@ def merge_attention_states(o: Tensor, lse: Tensor, indptr: Tensor | None = None)
 
     Returns:
         ``out`` [R, H, d] in the type of ``o``, ``lse`` [R, H] in that of ``lse``. Sums are float32
-        (float64) in the order of the states: equal calls give equal bits.
+        (float64, on the CPU alone) in the order of the states: equal calls give equal bits.
     """
     _check(o, lse, indptr)
-    refuse_cuda("merge_attention_states", o, lse)
+    check_device("merge_attention_states", o=o, lse=lse, indptr=indptr)
     if indptr is None:
         num_rows, num_states = o.shape[:2]
-        indptr = torch.arange(num_rows + 1, dtype=torch.int32) * num_states
+        indptr = torch.arange(num_rows + 1, dtype=torch.int32, device=o.device) * num_states
         o, lse = o.flatten(0, 1), lse.flatten(0, 1)
     return AttentionState(*_merge(o, lse, indptr))
 
@@ -101,21 +103,35 @@ def _checked_base(lse_base: float) -> float:
     return lse_base
 
 
-@torch.library.custom_op("dlm_fast::merge_attention_states", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "dlm_fast::merge_attention_states", mutates_args=(), device_types=("cpu", "cuda")
+)
 def _merge(o: Tensor, lse: Tensor, indptr: Tensor) -> tuple[Tensor, Tensor]:
     o, lse, indptr = o.contiguous(), lse.contiguous(), indptr.contiguous()
-    num_rows = indptr.shape[0] - 1
-    out = torch.empty(num_rows, *o.shape[1:], dtype=lse.dtype, device=o.device)
-    merged = lse.new_empty(num_rows, lse.shape[1])
-    sizes = num_rows, *o.shape
-    extension().attention_merge_cpu(
-        sizes,
-        FLOAT_DTYPES.index(o.dtype),
-        addresses(o, lse, indptr),
-        addresses(out, merged),
-        num_threads(),
-    )
-    return out.to(o.dtype), merged
+    num_rows, (num_states, heads, width) = indptr.shape[0] - 1, o.shape
+    merged = lse.new_empty(num_rows, heads)
+    executor, dtype = executor_of(o.device), FLOAT_DTYPES.index(o.dtype)
+    if executor is None:
+        out = torch.empty(num_rows, heads, width, dtype=lse.dtype)
+        extension().attention_merge_cpu(
+            (num_rows, num_states, heads, width),
+            dtype,
+            addresses(o, lse, indptr),
+            addresses(out, merged),
+            num_threads(),
+        )
+        return out.to(o.dtype), merged
+    out = o.new_empty(num_rows, heads, width)
+    if num_rows:
+        states = o.float()
+        plan = extension().plan_attention_merge(
+            (num_rows, heads, width),
+            dtype,
+            addresses(states, lse, indptr),
+            addresses(out, merged),
+        )
+        executor.launch(plan, o.device)
+    return out, merged
 
 
 @_merge.register_fake

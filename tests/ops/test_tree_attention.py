@@ -249,7 +249,13 @@ def test_the_registered_op_keeps_torchs_rules(dtype):
     pool = make_pool(2, 8, 4, dtype)
     leaves = level_tree(pool, [1, 3], [9, 4])
     plan = plan_tree_attention(pool, leaves, query_heads=4)
-    args = queries(plan, pool), pool.layer(0), plan.packed, [*plan.sizes, pool.page], 0.3
+    args = (
+        queries(plan, pool),
+        pool.layer(0),
+        plan.packed,
+        [*plan.sizes, pool.page, plan.row_tile],
+        0.3,
+    )
     torch.library.opcheck(raw, args)
 
 
@@ -306,7 +312,7 @@ def wrong_arguments():
         (lambda: tree_attention(q.to("meta"), pool, plan), ValueError, "q lies on meta but"),
         (lambda: tree_attention(q, pool, plan, layer=1), ValueError, "layer 1 of 1 does not"),
         (
-            lambda: raw(q, pool.layer(0), plan.packed, [9] * 6 + [16], 1.0),
+            lambda: raw(q, pool.layer(0), plan.packed, [9] * 6 + [16, 4], 1.0),
             ValueError,
             "does not have the sizes",
         ),

@@ -1,6 +1,7 @@
 // Tiles of the head and of hidden states: their way to shared memory, and their products.
 #pragma once
 
+#include "cuda/device/chunks.cuh"
 #include "cuda/device/numbers.cuh"
 #include "cuda/head_decode_params.h"
 
@@ -11,16 +12,10 @@ using cuda::kDecodeSplit;
 using cuda::kDecodeThreads;
 using cuda::kDecodeTileBytes;
 
-constexpr int kChunkBytes = 16;
 constexpr int kRowChunks = kDecodeTileBytes / kChunkBytes;
 constexpr int kWarpRows = kDecodeSplit / (kDecodeThreads / static_cast<int>(kWarp));
 constexpr int kTokens = 8;  // columns of a matrix instruction
 static_assert(kWarpRows == 32, "a thread holds four neighbouring vocabulary rows");
-
-template <typename Element>
-struct alignas(kChunkBytes) Chunk {
-  Element value[kChunkBytes / sizeof(Element)];
-};
 
 // Where a chunk of a tile's row lies. The order of a row's chunks differs from row to row, so that
 // eight lanes which read one chunk each of eight neighbouring rows, or of every fourth of 32, meet
@@ -31,21 +26,6 @@ DLM_DEVICE int chunk_place(int row, int chunk) {
 
 DLM_DEVICE Chunk<float> load_chunk(const unsigned char* tile, int row, int chunk) {
   return *reinterpret_cast<const Chunk<float>*>(tile + chunk_place(row, chunk));
-}
-
-// Zeros behind the width, and without a row. What is not a `whole` aligned chunk is copied number
-// by number, at once.
-template <typename Element>
-DLM_DEVICE void copy_chunk(unsigned char* place, const Element* row, Index column, int width,
-                           bool whole) {
-  if (row && whole) {
-    copy_async_16(place, row + column);
-    return;
-  }
-  Chunk<Element> chunk;
-  for (int i = 0; i < static_cast<int>(kChunkBytes / sizeof(Element)); ++i)
-    chunk.value[i] = row && column + i < width ? row[column + i] : Element{};
-  *reinterpret_cast<Chunk<Element>*>(place) = chunk;
 }
 
 // Until at most stages - 2 of the committed groups are under way: the oldest stage is there.

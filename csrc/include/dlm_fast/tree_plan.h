@@ -6,25 +6,13 @@
 // a row in a slot; a row with a single part goes to the output at once.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <vector>
 
+#include "common/tree_item.h"
 #include "dlm_fast/tree_pool.h"
 
 namespace dlm_fast {
-
-// A chunk of keys for a range of rows.
-struct TreeItem {
-  int32_t first_piece, num_pieces;
-  int32_t first_row, num_rows;  // in depth-first order
-  int32_t position;             // of the first key on its paths
-  int32_t num_keys;
-  int32_t destination;  // in `destinations`, of the first row
-  int32_t is_masked;    // some row does not see all of the keys
-};
-constexpr int kTreeItemNumbers = 8;
-static_assert(sizeof(TreeItem) == kTreeItemNumbers * 4, "items are int32 numbers");
 
 struct TreePlanSizes {
   int64_t items, pieces, rows, destinations, merges, slots;
