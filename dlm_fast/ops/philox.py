@@ -38,6 +38,7 @@ class Stream(IntEnum):
     DATA = 3
     POLICY = 4
     ROUNDING = 5
+    TREE = 6
 
 
 def _finalise(x: int) -> int:

@@ -29,6 +29,7 @@ def path_network(
     drawing = Drawing(
         sampler=sampler,
         forbid_ids=sampler.never_drawn(policy.family),
+        eos_ids=frozenset(policy.family.eos_ids),
         seed=seed,
         device=getattr(policy, "device", "cpu"),
     )
@@ -49,8 +50,8 @@ def decode_rows(
 ) -> list[Trajectory]:
     """One response per prompt [P], up to an end-of-text token or ``rollout.max_new_tokens``."""
     network = path_network(policy, sampler, seed, forward)
-    eos_ids = frozenset(policy.family.eos_ids)
-    rows = _Rows(network, [tuple(prompt.tolist()) for prompt in prompts], sequence_ids, max_batch)
+    ids = [tuple(prompt.tolist()) for prompt in prompts]
+    rows = _Rows(network, ids, sequence_ids, sampler.max_new_tokens, max_batch)
     made: dict[int, Trajectory] = {}
     while rows.enter():
         try:
@@ -60,15 +61,11 @@ def decode_rows(
                 raise
             rows.put_back()
             continue
-        done = [
-            row
-            for row, node in rows.inside.items()
-            if node.tokens[-1] in eos_ids or len(node.tokens) == sampler.max_new_tokens
-        ]
+        done = [row for row, node in rows.inside.items() if not node.is_open]
         if not done:
             continue
         found = [
-            _trajectory(prompts[row], rows.inside[row], sampler, seed, sequence_ids[row], eos_ids)
+            _trajectory(prompts[row], rows.inside[row], sampler, seed, sequence_ids[row])
             for row in done
         ]
         rows.leave(done)
@@ -86,9 +83,11 @@ class _Rows:
         network: PathNetwork,
         prompts: Sequence[tuple[int, ...]],
         sequence_ids: Sequence[int],
+        room: int,
         max_batch: int | None,
     ) -> None:
         self._network, self._prompts, self._sequence_ids = network, prompts, sequence_ids
+        self._room_of_row = room
         self._most = len(prompts) if max_batch is None else max_batch
         self._room = self._most
         self._waiting = deque(range(len(prompts)))
@@ -103,9 +102,7 @@ class _Rows:
             prompt = self._prompts[row]
             if prompt not in self._roots:
                 self._roots[prompt] = root_of(prompt, 0)
-            root = self._roots[prompt]
-            self._network.reopen(root)
-            self.inside[row] = root.grow()
+            self.inside[row] = self._roots[prompt].grow(self._room_of_row)
             self.inside[row].key = self._sequence_ids[row]
         return bool(self.inside)
 
@@ -133,13 +130,11 @@ def _trajectory(
     sampler: SamplerConfig,
     seed: int,
     sequence_id: int,
-    eos_ids: frozenset[int],
 ) -> Trajectory:
-    length = len(node.tokens)
     return Trajectory(
         prompt_ids=prompt.clone(),
         response_ids=torch.tensor(node.tokens),
-        step_map=torch.arange(1, length + 1, dtype=torch.int32),
+        step_map=torch.tensor(node.steps, dtype=torch.int32),
         logp_rollout=torch.tensor(node.logprobs, dtype=torch.float32),
         confidence=(
             torch.tensor(node.confidences, dtype=torch.float32)
@@ -149,6 +144,6 @@ def _trajectory(
         sequence_id=sequence_id,
         seed=seed,
         block_size=1,
-        finish_reason="eos" if node.tokens[-1] in eos_ids else "length",
-        num_forwards=length,
+        finish_reason="eos" if node.is_stopped else "length",
+        num_forwards=node.step,
     )

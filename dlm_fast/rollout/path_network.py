@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dlm_fast.ops import Rng, Stream
+from dlm_fast.ops import Rng, Stream, TokenStats
 from dlm_fast.ops.visibility import Visibility
 from dlm_fast.rollout.network import Forward
 from dlm_fast.rollout.path_nodes import PathNode
@@ -24,6 +24,7 @@ class Drawing:
 
     sampler: SamplerConfig
     forbid_ids: tuple[int, ...]
+    eos_ids: frozenset[int]
     seed: int
     device: torch.device | str = "cpu"
 
@@ -51,15 +52,12 @@ class PathNetwork(Protocol):
     """tokens that went through the network so far"""
 
     def step(self, nodes: Sequence[PathNode]) -> None:
-        """Appends one drawn token to every node. On an error no node has changed."""
+        """One forward; every node, which must be open, gets a drawn token. On an error no node has
+        changed. Raises ``TreePoolExhausted`` where pages are too few."""
         ...
 
     def finish(self, node: PathNode) -> None:
-        """The node is not continued, at least not now."""
-        ...
-
-    def reopen(self, node: PathNode) -> None:
-        """Children of this node will draw; it may have been finished before."""
+        """Its pages may be taken, until it or a child of it draws again."""
         ...
 
     def split(self, node: PathNode, count: int) -> PathNode:
@@ -86,7 +84,7 @@ def sources_of(nodes: Sequence[PathNode]) -> tuple[list[PathNode], list[int]]:
     return sources, source_N
 
 
-def append_drawn(nodes: Sequence[PathNode], stats: Any) -> None:
+def append_drawn(nodes: Sequence[PathNode], stats: TokenStats, eos_ids: frozenset[int]) -> None:
     """Writes the drawn tokens and their numbers to the nodes."""
     drawn = zip(
         nodes,
@@ -102,8 +100,11 @@ def append_drawn(nodes: Sequence[PathNode], stats: Any) -> None:
         )
     for node, token, logprob, confidence in drawn:
         node.tokens.append(token)
+        node.is_stopped = token in eos_ids
         node.logprobs.append(logprob)
         node.confidences.append(confidence)
+        node.step += 1
+        node.steps.append(node.step)
 
 
 class WholePaths:
@@ -126,13 +127,10 @@ class WholePaths:
             rows=last_S[source_N].to(self._device, torch.int32),
             **self._drawing.options(nodes),
         )
-        append_drawn(nodes, stats)
+        append_drawn(nodes, stats, self._drawing.eos_ids)
         self.tokens_forwarded += sum(lengths)
 
     def finish(self, node: PathNode) -> None:
-        pass
-
-    def reopen(self, node: PathNode) -> None:
         pass
 
     def split(self, node: PathNode, count: int) -> PathNode:

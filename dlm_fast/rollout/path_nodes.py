@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from dlm_fast.ops.philox import mix64
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class PathNode:
     """A stretch of tokens that continues its parent's path; a root holds the prompt."""
 
@@ -23,8 +23,19 @@ class PathNode:
     confidences: list[float] = field(default_factory=list)
     """of each token as drawn; empty for a root"""
     steps: list[int] = field(default_factory=list)
-    """step of its row, from 1 on, at which each token was drawn; empty for a root"""
+    """``step`` with which each token was drawn; empty for a root"""
+    tail: list[int] = field(default_factory=list)
+    """tokens of the last block behind the end of text (block models)"""
+    tail_logprobs: list[float] = field(default_factory=list)
+    tail_confidences: list[float] = field(default_factory=list)
+    tail_steps: list[int] = field(default_factory=list)
     children: list[PathNode] = field(default_factory=list)
+    step: int = 0
+    """forwards that drew tokens of the path so far"""
+    room: int = 0
+    """most tokens the node may have"""
+    is_stopped: bool = False
+    """an end-of-text token was drawn"""
     births: int = 0
     """children ever made, dropped ones included"""
     handle: int = -1
@@ -51,14 +62,19 @@ class PathNode:
         """Token ids of the whole path."""
         return [token for node in self.path() for token in node.tokens]
 
-    def grow(self) -> PathNode:
-        """A new child without tokens.
+    @property
+    def is_open(self) -> bool:
+        """More tokens will be drawn."""
+        return not self.is_stopped and len(self.tokens) < self.room
+
+    def grow(self, room: int) -> PathNode:
+        """A new child without tokens, with room for so many.
 
         The first child goes on with its parent's random numbers; so a path that never forks draws
         what a flat rollout draws. Every other one has a key made of where and when it was born.
         """
         key = self.key if self.births == 0 else mix64(self.key, self.stop, self.births)
-        child = PathNode(parent=self, key=key, start=self.stop)
+        child = PathNode(parent=self, key=key, start=self.stop, step=self.step, room=room)
         self.births += 1
         self.children.append(child)
         return child
@@ -72,11 +88,13 @@ class PathNode:
                 "a token"
             )
         upper = PathNode(parent=self.parent, key=self.key, start=self.start, children=[self])
-        upper.births = 1
+        upper.births, upper.room = 1, count
         for name in ("tokens", "logprobs", "confidences", "steps"):
             values = getattr(self, name)
             setattr(upper, name, values[:count])
             setattr(self, name, values[count:])
+        self.room -= count
+        upper.step = upper.steps[-1] if upper.steps else 0
         upper.kept, self.kept = min(self.kept, count), max(self.kept - count, 0)
         if self.parent is not None:
             siblings = self.parent.children

@@ -77,26 +77,12 @@ class PooledPaths:
         stats = self._run(feeds, rows_N, **self._drawing.options(nodes))
         for source in sources:
             source.kept = len(source.tokens)
-        append_drawn(nodes, stats)
+        append_drawn(nodes, stats, self._drawing.eos_ids)
 
     def finish(self, node: PathNode) -> None:
-        """Its pages may be taken."""
         if node.is_pinned:
             self.pool.unpin(node.handle)
             node.is_pinned = False
-
-    def reopen(self, node: PathNode) -> None:
-        if node.handle < 0 or node.is_pinned:
-            return
-        refill = self.pool.pin([node.handle])
-        node.is_pinned = True
-        if refill.nodes:
-            self._before.clear()
-            tokens = refill.token_ids.tolist()
-            slots_K = self.pool.path_slots(node.handle)
-            none = torch.empty(0, dtype=torch.int32, device=self.pool.device)
-            feed = _Feed(tokens=tokens, slots_K=slots_K, num_written=len(tokens))
-            self._run([feed], none, temperature=0.0)
 
     def split(self, node: PathNode, count: int) -> PathNode:
         handle = node.handle
@@ -135,28 +121,50 @@ class PooledPaths:
         feeds = []
         for source in sources:
             tokens = source.tokens[source.kept :]
-            own = self.pool.slots(source.handle)
-            before = self._before.get(source.handle)
             feeds.append(
                 _Feed(
                     tokens=tokens or source.tokens[-1:],
-                    slots_K=own if before is None else torch.cat([before, own]),
+                    slots_K=self._path_slots(source),
                     num_written=len(tokens),
                 )
             )
         return feeds
 
+    def _path_slots(self, node: PathNode) -> Tensor:
+        own_K = self.pool.slots(node.handle)
+        if node.parent is None:
+            return own_K
+        if node.handle not in self._before:
+            self._before[node.handle] = self.pool.path_slots(node.parent.handle)
+        return torch.cat([self._before[node.handle], own_K])
+
     def _open(self, source: PathNode) -> None:
+        """The node has a place in the pool, its path is computed and stays."""
         parent = source.parent
-        if source.handle < 0:
-            if parent is None:
-                source.handle = self.pool.alloc()
-            else:
-                source.handle = self.pool.fork(parent.handle)[0]
-                self.finish(parent)  # its child keeps its pages from now on
-            source.is_pinned = True
-        if parent is not None and source.handle not in self._before:
-            self._before[source.handle] = self.pool.path_slots(parent.handle)
+        if source.handle >= 0:
+            self._pin(source)
+        elif parent is None:
+            source.handle, source.is_pinned = self.pool.alloc(), True
+        else:
+            self._pin(parent)
+            source.handle, source.is_pinned = self.pool.fork(parent.handle)[0], True
+            self.finish(parent)  # its child keeps its pages from now on
+
+    def _pin(self, node: PathNode) -> None:
+        if node.is_pinned:
+            return
+        refill = self.pool.pin([node.handle])
+        node.is_pinned = True
+        if refill.nodes:
+            self._before.clear()
+            tokens = refill.token_ids.tolist()
+            feed = _Feed(
+                tokens=tokens,
+                slots_K=self.pool.path_slots(node.handle),
+                num_written=len(tokens),
+            )
+            none = torch.empty(0, dtype=torch.int32, device=self.pool.device)
+            self._run([feed], none, temperature=0.0)
 
     def _run(self, feeds: Sequence[_Feed], rows_N: Tensor, **draw: Any) -> TokenStats:
         ids_T, cached = self._lay_out(feeds)

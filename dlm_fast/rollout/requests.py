@@ -99,9 +99,10 @@ def check_rule(rule: UnmaskRule, config: SamplerConfig) -> None:
 
 
 def check_prompts(
-    policy: Any, prompts: Sequence[Tensor | str], config: SamplerConfig
+    policy: Any, prompts: Sequence[Tensor | str], max_new_tokens: int | None
 ) -> list[Tensor]:
-    """int64 [P] on the CPU for every prompt."""
+    """int64 [P] on the CPU for every prompt, which with ``max_new_tokens`` fits the model; None:
+    that is not looked at."""
     if isinstance(prompts, (str, Tensor)):
         raise TypeError(
             f"prompts must be a list of texts or id tensors, got one {type(prompts).__name__}; "
@@ -109,10 +110,10 @@ def check_prompts(
         )
     if len(prompts) == 0:
         raise ValueError("prompts is empty: sample needs at least one prompt")
-    return [_check_prompt(policy, index, p, config) for index, p in enumerate(prompts)]
+    return [_check_prompt(policy, index, p, max_new_tokens) for index, p in enumerate(prompts)]
 
 
-def _check_prompt(policy: Any, index: int, prompt: Tensor | str, config: SamplerConfig) -> Tensor:
+def _check_prompt(policy: Any, index: int, prompt: Tensor | str, new: int | None) -> Tensor:
     if isinstance(prompt, str):
         prompt = policy.encode(prompt)
     if not isinstance(prompt, Tensor):
@@ -134,9 +135,9 @@ def _check_prompt(policy: Any, index: int, prompt: Tensor | str, config: Sampler
             f"masked positions to be filled belong in fixed_ids, not in the prompt"
         )
     limit = policy.family.max_length
-    if limit is not None and ids_P.numel() + config.max_new_tokens > limit:
+    if limit is not None and new is not None and ids_P.numel() + new > limit:
         raise ValueError(
-            f"prompt {index} of {ids_P.numel()} tokens plus {config.max_new_tokens} new ones "
+            f"prompt {index} of {ids_P.numel()} tokens plus {new} new ones "
             f"exceeds the model's {limit}; shorten the prompt or rollout.max_new_tokens (or load "
             "the model with a larger max_length)"
         )

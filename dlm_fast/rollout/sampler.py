@@ -72,7 +72,7 @@ def sample(
     """
     check_family(policy, config)
     check_max_batch(max_batch)
-    prompt_ids = check_prompts(policy, prompts, config)
+    prompt_ids = check_prompts(policy, prompts, config.max_new_tokens)
     ids = check_sequence_ids(sequence_ids, len(prompt_ids))
     if policy.family.kind == "causal":
         check_causal(fixed_ids, rule)

@@ -35,8 +35,8 @@ class Trajectory:
     hint_mask: Tensor | None = None
     """bool [R], True where a token was given, not sampled (IGPO)"""
     node_path: tuple[int, ...] = ()
-    """nodes of its group's tree below the prompt, from the first segment to the leaf (TreePO);
-    numbers in order of creation, so a node's is above its parent's; empty for flat rollouts"""
+    """nodes of its group's trees below the prompt, from the first segment to the leaf (TreePO);
+    numbers grow from parent to child; empty for flat rollouts"""
     node_lengths: tuple[int, ...] = ()
     """response tokens of each node of ``node_path``; they add up to R"""
     actions: dict[str, Tensor] = field(default_factory=dict)
