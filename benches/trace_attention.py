@@ -1,6 +1,7 @@
 """interval_attention on packed traces against dense attention by torch: time, memory, errors.
 
-Run: python benches/trace_attention.py [--out FOLDER] [--rounds N] [--threads 1 2]
+Run: OMP_WAIT_POLICY=PASSIVE python benches/trace_attention.py [--out FOLDER] [--rounds N]
+         [--threads 1 2]
 Then `python benches/make_tables.py` renews docs/benchmarks.md.
 
 Packs are those of training: recorded responses of 2.28 tokens a step in blocks of 4 behind a prompt
@@ -145,7 +146,8 @@ def main() -> None:
     arguments = parser.parse_args()
     result = {
         "what": "seconds and bytes of attention over packed traces, float32",
-        "command": "python benches/trace_attention.py",
+        "command": "python benches/trace_attention.py --threads "
+        + " ".join(map(str, arguments.threads)),
         "heads": [HEADS, KEY_HEADS, WIDTH],
         "seed": SEED,
         "rounds": arguments.rounds,

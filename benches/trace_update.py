@@ -1,6 +1,7 @@
 """A policy pass of TraceRL on packed traces against the layout of open trainers, in eager torch.
 
-Run: python benches/trace_update.py [--out FOLDER] [--rounds N] [--threads 1 2]
+Run: OMP_WAIT_POLICY=PASSIVE python benches/trace_update.py [--out FOLDER] [--rounds N]
+         [--threads 1 2]
 Then `python benches/make_tables.py` renews docs/benchmarks.md.
 
 One response with the step pattern that was published for SDAR-4B on MATH500: P=150, R=548, blocks
@@ -258,7 +259,8 @@ def main() -> None:
     arguments = parser.parse_args()
     result = {
         "what": "seconds of one TraceRL policy pass",
-        "command": "python benches/trace_update.py",
+        "command": "python benches/trace_update.py --threads "
+        + " ".join(map(str, arguments.threads)),
         "model": {**MODEL, "dtype": "float32"},
         "pattern": {"prompt": PROMPT, "response": RESPONSE, "block_size": BLOCK, "steps": STEPS},
         "seed": SEED,
