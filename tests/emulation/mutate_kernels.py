@@ -87,8 +87,9 @@ def run(
         "tests": sorted({str(HERE / name) for names in tests.values() for name in names}),
         "mutants": [{"id": number, "tests": names} for number, names in tests.items()],
         "jobs": jobs,
-        "patience": 10,
+        "patience": 1000 if sanitize else 10,  # of seconds without the sanitizers
         "results": str(results),
+        "reach": str(scratch / "reach.json"),
     }
     (scratch / "job.json").write_text(json.dumps(job))
     environment = dict(os.environ, OMP_NUM_THREADS="1")
