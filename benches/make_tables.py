@@ -26,7 +26,7 @@ from table_cells import (
     shape_of,
     table,
 )
-from trace_tables import attention_section, update_section
+from training_tables import attention_section, bgpo_section, update_section
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
@@ -58,7 +58,7 @@ def render(results: Path = RESULTS) -> str:
         "`bash benches/gpu_check.sh OUT`, or `python benches/protocol.py --device cuda` alone.\n"
     )
     if update := _load(results / "bgpo_update.json"):
-        parts.append(_update(update))
+        parts.append(bgpo_section(update))
     for name, section in (("update", update_section), ("attention", attention_section)):
         if trace := _load(results / f"trace_{name}.json"):
             parts.append(section(trace))
@@ -335,36 +335,6 @@ def _layers(found: dict[str, Any], cases: list[Case]) -> list[str]:
             f"{dtype}\n\n" + table([*header, *(f"error {ERRORS[name]}" for name in names)], rows)
         )
     return text
-
-
-def _update(found: dict[str, Any]) -> str:
-    """An optimizer step of BGPO: torch's own way, autograd's gradient of the head, in place."""
-    rows = [
-        [
-            *(row["size"], row["precision"]),
-            *(ms(row["seconds"][kind]) for kind in ("torch", "autograd", "in_place")),
-            f"{row['torch_over_in_place']:.2f}",
-            f"{row['autograd_over_in_place']:.2f}",
-            f"{row['metrics_differ_by']:.1e}",
-            f"{row['error']['torch']:.2e} / {row['error']['in_place']:.2e}",
-        ]
-        for row in found["rows"]
-    ]
-    header = ["size", "precision", "torch, ms", "autograd, ms", "in place, ms"]
-    header += ["torch / in place", "autograd / in place", "metrics differ by"]
-    header += ["error: torch / in place"]
-    return (
-        "## BGPO's optimizer step\n\n"
-        "torch: the head's gradient by autograd, one whole gradient for each micro-batch, torch's "
-        "linear layers, AdamW tensor by tensor. autograd: linear layers through oneDNN, AdamW's "
-        "fused step. In place: that, and the head's gradient added in place; what training does. "
-        "Metrics differ by: in place from torch, relative. Error: of both, from a head computed "
-        "in float32 with what autocast rounded; in bf16 what they share is far above what they "
-        "differ by (autograd rounds the head's gradient to 16 bits for each micro-batch). "
-        f"Process CPU time, median of {found['rounds']}, {found['threads']} "
-        f"thread(s), torch {found['versions']['torch']}. Command: `python benches/bgpo_update.py`."
-        "\n\n" + table(header, rows)
-    )
 
 
 def _providers(all_found: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Sections of the benchmark page on TraceRL: a policy pass, and attention over its packs."""
+"""Sections of the benchmark page on training: BGPO's step, TraceRL's pass and its attention."""
 
 from __future__ import annotations
 
@@ -18,6 +18,36 @@ def _where(found: dict[str, Any]) -> str:
 def _seconds(case: Case) -> Any:
     """See the page's opening."""
     return case["cpu_s"]["least"] if case["threads"] == 1 else case["wall_s"]["median"]
+
+
+def bgpo_section(found: dict[str, Any]) -> str:
+    """An optimizer step of BGPO: torch's own way, autograd's gradient of the head, in place."""
+    rows = [
+        [
+            *(row["size"], row["precision"]),
+            *(ms(row["seconds"][kind]) for kind in ("torch", "autograd", "in_place")),
+            f"{row['torch_over_in_place']:.2f}",
+            f"{row['autograd_over_in_place']:.2f}",
+            f"{row['metrics_differ_by']:.1e}",
+            f"{row['error']['torch']:.2e} / {row['error']['in_place']:.2e}",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["size", "precision", "torch, ms", "autograd, ms", "in place, ms"]
+    header += ["torch / in place", "autograd / in place", "metrics differ by"]
+    header += ["error: torch / in place"]
+    return (
+        "## BGPO's optimizer step\n\n"
+        "torch: the head's gradient by autograd, one whole gradient for each micro-batch, torch's "
+        "linear layers, AdamW tensor by tensor. autograd: linear layers through oneDNN, AdamW's "
+        "fused step. In place: that, and the head's gradient added in place; what training does. "
+        "Metrics differ by: in place from torch, relative. Error: of both, from a head computed "
+        "in float32 with what autocast rounded; in bf16 what they share is far above what they "
+        "differ by (autograd rounds the head's gradient to 16 bits for each micro-batch). "
+        f"Process CPU time, median of {found['rounds']}, {found['threads']} "
+        f"thread(s), torch {found['versions']['torch']}. Command: `python benches/bgpo_update.py`."
+        "\n\n" + table(header, rows)
+    )
 
 
 def update_section(found: dict[str, Any]) -> str:
