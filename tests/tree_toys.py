@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import torch
@@ -82,3 +83,50 @@ def random_group(
     found = [draw.choice(rewards) for _ in ends]
     ids = [draw.randrange(2, vocab) for _ in range(prompt)]
     return tree_group(parents, texts, ends, found, prompt=ids, group_id=group_id)
+
+
+def block_group(seed, *, block_size=4, prompt=3, leaves=6, group_id=0, rewards=(-1.0, 1.0)):
+    """As ``random_group``, for block models: node edges at block edges, steps within blocks."""
+    draw = random.Random(seed)
+    shape = random_group(seed, leaves=leaves, rewards=rewards, prompt=prompt, group_id=group_id)
+    texts: dict[int, list[int]] = {}
+    steps: dict[int, list[int]] = {}
+    for trajectory in shape.trajectories:
+        last, length = 0, prompt
+        for node in trajectory.node_path:
+            if node not in texts:
+                is_leaf = node == trajectory.node_path[-1]
+                count = -length % block_size + block_size * draw.randint(int(is_leaf), 2)
+                count = count - draw.randint(0, 2) if is_leaf else count
+                texts[node] = [draw.randrange(2, 30) for _ in range(count)]
+                steps[node] = _block_steps(draw, last, length, count, block_size)
+            length += len(texts[node])
+            last = max([last, *steps[node]])
+        path = trajectory.node_path
+        trajectory.response_ids = torch.tensor([t for n in path for t in texts[n]])
+        trajectory.node_lengths = tuple(len(texts[n]) for n in path)
+        order = [s for n in path for s in steps[n]]
+        trajectory.step_map = torch.tensor(order, dtype=torch.int32)
+        trajectory.logp_rollout = (-1.0 - 0.125 * (trajectory.response_ids % 7)).float()
+        trajectory.block_size = block_size
+    return shape
+
+
+def _block_steps(draw, last, first, count, block_size):
+    steps = []
+    for position in range(first, first + count):
+        if position % block_size == 0 or position == first:
+            last = max([last, *steps])
+        steps.append(last + draw.randint(1, 3))
+    return steps
+
+
+def chains(made):
+    """The same leaves as groups of one flat rollout each: nothing is shared."""
+    groups = []
+    for k, trajectory in enumerate(made.trajectories):
+        alone = dataclasses.replace(trajectory, node_path=(), node_lengths=(), group_id=100 + k)
+        groups.append(
+            Group(task_id=100 + k, prompt_ids=trajectory.prompt_ids, trajectories=[alone])
+        )
+    return groups

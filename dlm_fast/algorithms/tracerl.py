@@ -43,6 +43,7 @@ from dlm_fast.algorithms.contract import (
 )
 from dlm_fast.algorithms.mini_batches import MiniBatches
 from dlm_fast.algorithms.schedule import Schedule, Stage
+from dlm_fast.algorithms.target_scores import score_targets
 from dlm_fast.algorithms.trace_rows import (
     TargetRows,
     Traced,
@@ -61,7 +62,6 @@ from dlm_fast.algorithms.trace_tokens import (
     token_metrics,
 )
 from dlm_fast.algorithms.tracerl_options import TraceOptions
-from dlm_fast.models.requests import ScoreRequest
 from dlm_fast.models.value import SharedValue, ValueModel
 from dlm_fast.ops import mix64
 from dlm_fast.rollout.sampler_config import SamplerConfig
@@ -318,15 +318,14 @@ class TraceRL(Algorithm):
         return score(micro.hidden, module="value")
 
     def _score(self, rows: TargetRows, forward: Callable[..., Any], weight: Tensor | None) -> Any:
-        request = ScoreRequest(
-            rows=self._policy.predicting_rows(rows.rows, rows.visibility),
-            targets=rows.targets,
-            weights=weight,
+        return score_targets(
+            self._policy,
+            rows,
+            forward,
+            weight,
             temperature=self.config.score_temperature,
             forbid_ids=self._forbid_ids,
-            in_loss=weight is not None,
         )
-        return forward(rows.input_ids, rows.visibility, score=request)
 
     def _value(self, rows: TargetRows, forward: Callable[..., Any], **options: Any) -> Tensor:
         """V of the masked tokens themselves, whichever rows predict them."""
