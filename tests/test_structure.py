@@ -30,6 +30,8 @@ BELOW = {
         "rollout.sampler_config",
         "rollout.trajectory",
         "rollout.tree",
+        "rollout.tree_config",
+        "rollout.tree_sampler",
     },
     "training": {"ops", "models", "rollout", "tasks", "algorithms"},
     "integrations": {"ops", "models", "rollout", "algorithms"},

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from dlm_fast.rollout.tree import RolloutTree
+from dlm_fast.rollout.tree import PackedTree
 
 STOP = 0
 
 
-def tree_of(parents: Sequence[int], tokens: Sequence[int], leaves: Sequence[int]) -> RolloutTree:
+def tree_of(parents: Sequence[int], tokens: Sequence[int], leaves: Sequence[int]) -> PackedTree:
     """Of nodes of one token each, in order of creation (0 is the prompt)."""
     children: dict[int, list[int]] = {}
     for node in range(len(parents) - 1, 0, -1):
@@ -22,7 +22,7 @@ def tree_of(parents: Sequence[int], tokens: Sequence[int], leaves: Sequence[int]
         order.append(stack.pop())
         stack += children.get(order[-1], [])
     row = {node: n for n, node in enumerate(order)}
-    return RolloutTree(
+    return PackedTree(
         tokens=torch.tensor([tokens[node] for node in order]),
         tok_off=torch.arange(len(order) + 1),
         parent=torch.tensor([row.get(parents[node], -1) for node in order]),
@@ -34,7 +34,7 @@ def tree_of(parents: Sequence[int], tokens: Sequence[int], leaves: Sequence[int]
 
 def grow(
     draw: Callable[[tuple[int, ...]], int], *, width: int, first: int, branch: int, depth: int
-) -> RolloutTree:
+) -> PackedTree:
     """One token per segment; ``draw(prefix)`` is the next one, ``STOP`` ends a path.
 
     Copies: T = max(a, min(w - F, b (a + f))), shared evenly, the remainder to the first ones.

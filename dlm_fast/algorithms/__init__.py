@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dlm_fast.algorithms import bgpo, sft, tracerl
+from dlm_fast.algorithms import bgpo, grpo, sft, tracerl, treepo
 from dlm_fast.algorithms.contract import Algorithm
 
 ALGORITHMS: dict[str, tuple[type, type[Algorithm]]] = {
     "bgpo": (bgpo.Config, bgpo.BGPO),
     "tracerl": (tracerl.Config, tracerl.TraceRL),
+    "treepo": (treepo.Config, treepo.TreePO),
+    "grpo": (grpo.Config, treepo.TreePO),
     "sft": (sft.Config, sft.SFT),
 }
 """name -> (configuration, algorithm); ``Config.build(...)`` makes one for a run"""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dlm_fast.algorithms.tree_advantages import OF_GROUPS, AdvantageOptions
-from dlm_fast.rollout.tree import Forest, RolloutTree
+from dlm_fast.rollout.tree import Forest, PackedTree
 
 Pair = tuple[int, int, int]
 """tree, leaf, node"""
@@ -44,7 +44,7 @@ def tree_advantages_ref(forest: Forest, reward_W: Tensor, options: AdvantageOpti
 
 
 def _segments(
-    tree: RolloutTree,
+    tree: PackedTree,
     reward: list[float],
     leaf: int,
     options: AdvantageOptions,
@@ -94,24 +94,24 @@ def _segments(
     return [total / sum(weights)] * depth
 
 
-def _group(tree: RolloutTree, leaf: int, j: int) -> set[int]:
+def _group(tree: PackedTree, leaf: int, j: int) -> set[int]:
     """Leaves that share the first j segments of ``leaf``."""
     prefix = tree.paths[leaf][: j + 1]
     return {i for i, path in enumerate(tree.paths) if path[: j + 1] == prefix}
 
 
-def _children(tree: RolloutTree, node: int) -> list[int]:
+def _children(tree: PackedTree, node: int) -> list[int]:
     return (tree.parent == node).nonzero()[:, 0].tolist()
 
 
-def _value(tree: RolloutTree, node: int, of_leaf: list[float]) -> float:
+def _value(tree: PackedTree, node: int, of_leaf: list[float]) -> float:
     children = _children(tree, node)
     if not children:
         return of_leaf[tree.leaf_node.tolist().index(node)]
     return statistics.fmean(_value(tree, child, of_leaf) for child in children)
 
 
-def _progress_values(tree: RolloutTree, reward: list[float]) -> list[float]:
+def _progress_values(tree: PackedTree, reward: list[float]) -> list[float]:
     of_leaf = []
     for leaf, path in enumerate(tree.paths):
         total = size = 0.0
@@ -124,7 +124,7 @@ def _progress_values(tree: RolloutTree, reward: list[float]) -> list[float]:
     return [0.0, *(_value(tree, node, of_leaf) for node in range(1, tree.num_nodes))]
 
 
-def _without_siblings(tree: RolloutTree, reward: list[float], node: int) -> float:
+def _without_siblings(tree: PackedTree, reward: list[float], node: int) -> float:
     siblings = [n for n in _children(tree, int(tree.parent[node])) if n != node]
     others = [_value(tree, n, reward) for n in siblings]
     return _value(tree, node, reward) - (statistics.fmean(others) if others else 0.0)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from dlm_fast.algorithms.contract import Metrics
 from dlm_fast.rollout.trajectory import Group, trajectories_of
-from dlm_fast.rollout.tree import RolloutTree
+from dlm_fast.rollout.tree import PackedTree
 
 
-def tree_metrics(trees: Sequence[RolloutTree], groups: Sequence[Group]) -> Metrics:
+def tree_metrics(trees: Sequence[PackedTree], groups: Sequence[Group]) -> Metrics:
     """(sum, count) each, over the trees of the groups; the sampler's own facts where it left any
     (``detail["tree"]``: reason, fallback, step)."""
     count = float(len(trees))

@@ -22,7 +22,7 @@ from torch import Tensor
 from dlm_fast.algorithms.trace_rows import Traced, length_to_end, traced
 from dlm_fast.ops import TraceNode, TracePack, Visibility, fill_bins, join_packs, trace_pack
 from dlm_fast.rollout.trajectory import Group
-from dlm_fast.rollout.tree import Forest, RolloutTree
+from dlm_fast.rollout.tree import Forest, PackedTree
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,7 +77,7 @@ class TreeLayout:
     row_budget: int
     device: Any = "cpu"
 
-    def node_tokens(self, tree: RolloutTree, group: Group, eos_ids: Sequence[int]) -> NodeTokens:
+    def node_tokens(self, tree: PackedTree, group: Group, eos_ids: Sequence[int]) -> NodeTokens:
         """Targets are the drawn tokens up to the first end of text."""
         lengths = tree.lengths.tolist()
         ids: list[Tensor] = [group.prompt_ids] * len(lengths)
@@ -119,7 +119,7 @@ class TreeLayout:
                 made.append(rows.to(self.device))
         return made
 
-    def _parts(self, tree: RolloutTree, tokens: NodeTokens) -> list[Part]:
+    def _parts(self, tree: PackedTree, tokens: NodeTokens) -> list[Part]:
         lengths = [ids.numel() for ids in tokens.ids]
         if tokens.step is None:
             return partition(tree, lengths, lengths, self.row_budget)
@@ -186,7 +186,7 @@ class TreeLayout:
             token=first_token[node] + joined.token.long(),
         )
 
-    def _trace_pack(self, tree: RolloutTree, tokens: NodeTokens, part: Part) -> TracePack:
+    def _trace_pack(self, tree: PackedTree, tokens: NodeTokens, part: Part) -> TracePack:
         assert tokens.step is not None
         nodes = []
         entries = zip(_local_parents(tree, part), part.nodes, part.is_own, strict=True)
@@ -201,7 +201,7 @@ class TreeLayout:
 
 
 def partition(
-    tree: RolloutTree,
+    tree: PackedTree,
     rows: Sequence[int],
     context_rows: Sequence[int],
     budget: int,
@@ -245,13 +245,13 @@ def _ancestors(parents: Sequence[int], node: int) -> list[int]:
     return path[:0:-1]
 
 
-def _local_parents(tree: RolloutTree, part: Part, first: int = 0) -> list[int]:
+def _local_parents(tree: PackedTree, part: Part, first: int = 0) -> list[int]:
     """Parents as places in the part, which begin with ``first``; -1 for the root."""
     place = {node: first + k for k, node in enumerate(part.nodes)}
     return [place.get(int(tree.parent[node]), -1) for node in part.nodes]
 
 
-def flat_values(tree: RolloutTree, value_U: Tensor) -> list[Tensor]:
+def flat_values(tree: PackedTree, value_U: Tensor) -> list[Tensor]:
     """Numbers of a tree's tokens as each leaf's sequence has them, prompt included.
 
     A gather, so a loss that looks at whole responses (ratios of sequences, terms of length) can be

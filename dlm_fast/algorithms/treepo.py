@@ -21,8 +21,10 @@ Symbols: e_low ``clip_low``; e_high ``clip_high``; c ``dual_clip``; beta ``kl_we
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -40,6 +42,7 @@ from dlm_fast.algorithms.contract import (
     Update,
 )
 from dlm_fast.algorithms.mini_batches import MiniBatches
+from dlm_fast.algorithms.options import check_range
 from dlm_fast.algorithms.target_scores import score_targets
 from dlm_fast.algorithms.tree_advantages import tree_advantages
 from dlm_fast.algorithms.tree_metrics import tree_metrics
@@ -54,8 +57,9 @@ from dlm_fast.algorithms.tree_tokens import (
 )
 from dlm_fast.rollout.sampler_config import SamplerConfig
 from dlm_fast.rollout.trajectory import Group, Trajectory
-from dlm_fast.rollout.tree import Forest, RolloutTree
+from dlm_fast.rollout.tree import Forest, PackedTree
 from dlm_fast.rollout.tree_config import TreeConfig
+from dlm_fast.rollout.tree_sampler import rollout_trees
 
 TreeRollout = Callable[..., list[Trajectory]]
 """makes trees in place of flat rollouts, as ``SamplingPlan.rollout``"""
@@ -75,9 +79,29 @@ class Config(TreePolicyOptions):
         """Rollouts per prompt."""
         return self.tree.leaves
 
+    anneal_iterations: int = 0
+    """iterations over which tree.share_temperature moves to tree.share_temperature_end"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 0, math.inf, "anneal_iterations")
+        if (self.tree.share_temperature_end is None) != (self.anneal_iterations == 0):
+            raise ValueError(
+                f"algorithm.anneal_iterations={self.anneal_iterations} and "
+                f"tree.share_temperature_end={self.tree.share_temperature_end} go together: set "
+                "both or neither"
+            )
+
     def build(self, *, rollout: SamplerConfig, num_prompts: int, mask_id: int, seed: int) -> TreePO:
         """The algorithm for one run."""
-        return TreePO(self, rollout=rollout, num_prompts=num_prompts, mask_id=mask_id)
+        grow = self._grow if self.rollouts == "tree" else None
+        return TreePO(
+            self, rollout=rollout, num_prompts=num_prompts, mask_id=mask_id, make_trees=grow
+        )
+
+    def _grow(self, iteration: int) -> TreeRollout:
+        done = min(1.0, iteration / self.anneal_iterations) if self.anneal_iterations else 0.0
+        return partial(rollout_trees, tree=self.tree, progress=done)
 
 
 class TreePO(Algorithm):
@@ -90,8 +114,9 @@ class TreePO(Algorithm):
         rollout: SamplerConfig,
         num_prompts: int,
         mask_id: int | None,
-        make_trees: TreeRollout | None = None,
+        make_trees: Callable[[int], TreeRollout] | None = None,
     ) -> None:
+        """``make_trees``: what samples the trees of an iteration; None: flat rollouts."""
         self.config, self.rollout = config, rollout
         self.num_prompts, self.mask_id, self.make_trees = num_prompts, mask_id, make_trees
         self.mini_batches = MiniBatches(
@@ -159,7 +184,7 @@ class TreePO(Algorithm):
             num_prompts=self.num_prompts,
             group_size=self.config.group_size,
             sampler=self.rollout,
-            rollout=self.make_trees,
+            rollout=self.make_trees(iteration) if self.make_trees else None,
         )
 
     def refine(self, groups: list[Group], resample: Resample) -> list[Group]:
@@ -180,7 +205,7 @@ class TreePO(Algorithm):
         """Forward passes of each optimizer step of an epoch."""
         kept = [group for group in groups if not self._is_rejected(group)]
         rejected = float(len(groups) - len(kept))
-        trees = [RolloutTree.of(group) for group in kept]
+        trees = [PackedTree.of(group) for group in kept]
         context.metrics |= {
             "tree/rejected": (rejected, float(len(groups))),
             "tree/gen_batches": float(self._gen_batches),

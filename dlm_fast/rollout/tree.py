@@ -24,7 +24,7 @@ _INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RolloutTree:
+class PackedTree:
     """The rollouts of one prompt. Tensors lie on the CPU, integers are int64."""
 
     tokens: Tensor
@@ -43,7 +43,7 @@ class RolloutTree:
     """names the tree"""
 
     @staticmethod
-    def of(group: Group) -> RolloutTree:
+    def of(group: Group) -> PackedTree:
         """Of a group's trajectories; a flat one is a node of its own behind the prompt.
 
         ValueError where leaves contradict each other about a node that they share.
@@ -65,7 +65,7 @@ class RolloutTree:
         if sum(lengths) > _INT32:
             raise ValueError(f"a tree of {sum(lengths)} tokens is more than row numbers hold")
         group_id = group.trajectories[0].group_id
-        return RolloutTree(
+        return PackedTree(
             tokens=torch.cat([nodes.ids[key] for key in order]),
             tok_off=torch.tensor([0, *itertools.accumulate(lengths)]),
             parent=torch.tensor([row.get(nodes.parent[key], -1) for key in order]),
@@ -187,7 +187,7 @@ class RolloutTree:
                 weight[node] = weight[parent] / children[parent]
         return weight[self.leaf_node]
 
-    def split(self, node: int, k: int) -> RolloutTree:
+    def split(self, node: int, k: int) -> PackedTree:
         """The same leaves with ``node`` cut after ``k`` of its tokens into parent and child."""
         if not 0 < node < self.num_nodes:
             raise ValueError(
@@ -290,7 +290,7 @@ def _checked_path(leaf: int, trajectory: Trajectory) -> tuple[tuple[int, ...], l
 class Forest:
     """Trees behind each other, for one pass over all of them; integers are int64."""
 
-    trees: tuple[RolloutTree, ...]
+    trees: tuple[PackedTree, ...]
     parent: Tensor
     """[N], -1 for roots"""
     depth: Tensor
@@ -311,7 +311,7 @@ class Forest:
     """[T+1], first token of each tree"""
 
     @staticmethod
-    def of(trees: Sequence[RolloutTree]) -> Forest:
+    def of(trees: Sequence[PackedTree]) -> Forest:
         """Of trees, in this order; their leaves count on."""
         nodes = _offsets([tree.num_nodes for tree in trees])
         leaves = _offsets([tree.num_leaves for tree in trees])

@@ -12,7 +12,7 @@ from tree_toys import figure_3, group, leaf, random_group, tree_group
 
 from dlm_fast.algorithms.tree_advantages import AdvantageOptions, tree_advantages, whitened
 from dlm_fast.algorithms.tree_advantages_ref import tree_advantages_ref
-from dlm_fast.rollout.tree import Forest, RolloutTree
+from dlm_fast.rollout.tree import Forest, PackedTree
 
 ESTIMATORS = ("mean", "size", "no_root", "grpo", "rloo", "rfpp", "progress", "sibling_loo")
 OPTIONS = [
@@ -32,7 +32,7 @@ OPTIONS = [
 
 
 def forest_of(*groups):
-    return Forest.of([RolloutTree.of(made) for made in groups])
+    return Forest.of([PackedTree.of(made) for made in groups])
 
 
 def rewards_of(*groups):

@@ -14,7 +14,7 @@ from dlm_fast.algorithms.tree_advantages import tree_advantages
 from dlm_fast.algorithms.tree_tokens import NodeWeights, TreeTokens
 from dlm_fast.models.requests import ScoreRequest
 from dlm_fast.rollout.sampler_config import SamplerConfig
-from dlm_fast.rollout.tree import Forest, RolloutTree
+from dlm_fast.rollout.tree import Forest, PackedTree
 from dlm_fast.rollout.tree_config import TreeConfig
 
 
@@ -55,7 +55,7 @@ def token_loss(log_ratio, advantage):
 def separate_loss(algorithm, made, policy, groups, old):
     """Each leaf as a sequence of its own, token by token. ``old``: of the forest's tokens."""
     config = algorithm.config
-    forest = Forest.of([RolloutTree.of(g) for g in groups])
+    forest = Forest.of([PackedTree.of(g) for g in groups])
     rewards = torch.cat([g.rewards for g in groups])
     advantage_Q = tree_advantages(forest, rewards, config)
     of_pair = {
@@ -113,7 +113,7 @@ def test_packed_equals_separate(policies, kind, options, budget):
     algorithm, made = build(policy, rows_per_forward=budget, **options)
     (step,) = algorithm.prepare(groups, made)
     assert (len(step) > 1) == (budget == 40)
-    total = sum(RolloutTree.of(g).num_tokens for g in groups)
+    total = sum(PackedTree.of(g).num_tokens for g in groups)
     noise = 1.5 * torch.randn(total, generator=torch.Generator().manual_seed(4)).double()
     old = torch.full((total,), float("nan"), dtype=torch.float64)
     with torch.no_grad():
@@ -209,7 +209,7 @@ def test_bf16_gradients_point_the_same_way(policies, kind):
     algorithm, made = build(policy, num_prompts=1, rows_per_forward=8192)
     (step,) = algorithm.prepare(groups, made)
     of_node = {}
-    tree = RolloutTree.of(groups[0])
+    tree = PackedTree.of(groups[0])
     forest = Forest.of([tree])
     for micro in step:
         of_node |= dict(

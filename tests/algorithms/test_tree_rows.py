@@ -12,7 +12,7 @@ from tree_toys import block_group, chains, group, leaf, random_group, tree_group
 from dlm_fast.algorithms.tree_rows import TreeLayout, flat_values, partition
 from dlm_fast.models.requests import ScoreRequest
 from dlm_fast.ops import Visibility
-from dlm_fast.rollout.tree import Forest, RolloutTree
+from dlm_fast.rollout.tree import Forest, PackedTree
 
 EOS, MASK = 96, 98
 
@@ -22,7 +22,7 @@ def layout(kind="causal", budget=10_000):
 
 
 def packed(groups, kind="causal", budget=10_000):
-    trees = [RolloutTree.of(made) for made in groups]
+    trees = [PackedTree.of(made) for made in groups]
     forest, plan = Forest.of(trees), layout(kind, budget)
     tokens = [plan.node_tokens(t, g, (EOS,)) for t, g in zip(trees, groups, strict=True)]
     return forest, plan.rows(forest, tokens)
@@ -132,7 +132,7 @@ def test_a_fork_inside_a_block_stays_with_its_first_branch(policies):
 @settings(max_examples=60, deadline=None)
 @given(seed=integers(0, 10**6), budget=integers(1, 60))
 def test_partitions_cover_every_node_once(seed, budget):
-    tree = RolloutTree.of(random_group(seed))
+    tree = PackedTree.of(random_group(seed))
     sizes = tree.lengths.tolist()
     parts = partition(tree, sizes, sizes, budget)
     own = [n for part in parts for n, mine in zip(part.nodes, part.is_own, strict=True) if mine]
@@ -147,7 +147,7 @@ def test_partitions_cover_every_node_once(seed, budget):
 
 def test_parts_use_the_room_they_have():
     """Two branches of 6 tokens behind a prompt of 3 and a node of 3: budget 12 holds one each."""
-    tree = RolloutTree.of(tree_group([-1, 0, 0], [[10] * 3, [11] * 6, [12] * 6], [1, 2], [0, 1]))
+    tree = PackedTree.of(tree_group([-1, 0, 0], [[10] * 3, [11] * 6, [12] * 6], [1, 2], [0, 1]))
     sizes = tree.lengths.tolist()
     parts = partition(tree, sizes, sizes, 12)
     assert [part.nodes for part in parts] == [(0, 1, 2), (0, 1, 3)]
@@ -163,7 +163,7 @@ def test_targets_end_with_the_first_end_of_text():
 
 def test_flat_values_gather_and_add_up():
     """A loss on whole responses, written per leaf, has the gradient of separate sequences."""
-    tree = RolloutTree.of(random_group(5))
+    tree = PackedTree.of(random_group(5))
     value = torch.randn(tree.num_tokens, dtype=torch.float64, requires_grad=True)
     flat = flat_values(tree, value)
     weights = torch.arange(1.0, 1 + tree.num_leaves).double()

@@ -107,7 +107,10 @@ def test_unknown_option_meets_a_suggestion(words, suggestion, capsys):
     ("words", "message"),
     [
         (["train", "bgop"], "unknown algorithm 'bgop'; did you mean bgpo?"),
-        (["train", "igpo"], "igpo is not in this version yet; it has bgpo, tracerl, sft"),
+        (
+            ["train", "igpo"],
+            "igpo is not in this version yet; it has bgpo, tracerl, treepo, grpo, sft",
+        ),
         (["train", "bgpo", "--task", "sudko"], "unknown task 'sudko'; did you mean sudoku?"),
         (["train", "bgpo", "--task", "chess"], "unknown task 'chess'; there are sudoku"),
         (["train", "bgpo", "--train.lr", "-1"], "train.lr must be between 0 and 1, got -1.0"),

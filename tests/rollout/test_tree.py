@@ -9,7 +9,7 @@ from hypothesis.strategies import integers
 from tree_toys import figure_3, group, leaf, random_group, tree_group
 
 from dlm_fast.ops import Visibility
-from dlm_fast.rollout.tree import Forest, RolloutTree
+from dlm_fast.rollout.tree import Forest, PackedTree
 
 
 def check(tree, members):
@@ -47,14 +47,14 @@ def ancestors(parent, node):
 @given(seed=integers(0, 10**6))
 def test_invariants(seed):
     members = random_group(seed)
-    check(RolloutTree.of(members), members.trajectories)
+    check(PackedTree.of(members), members.trajectories)
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=integers(0, 10**6), choice=integers(0, 10**6))
 def test_split_changes_no_leaf(seed, choice):
     members = random_group(seed)
-    tree = RolloutTree.of(members)
+    tree = PackedTree.of(members)
     long = [n for n in range(1, tree.num_nodes) if tree.lengths[n] > 1]
     if not long:
         return
@@ -68,7 +68,7 @@ def test_split_changes_no_leaf(seed, choice):
 
 
 def test_figure_3():
-    tree = RolloutTree.of(figure_3())
+    tree = PackedTree.of(figure_3())
     assert tree.node_id.tolist() == [-1, 0, 1, 2, 3, 5, 6, 4, 7, 8, 9, 10]
     assert tree.n_leaf.tolist() == [8, 1, 1, 6, 2, 1, 1, 3, 1, 1, 1, 1]
     assert tree.num_flat_tokens == 56 + 8 * 3
@@ -78,7 +78,7 @@ def test_figure_3():
 
 def test_order_is_that_of_the_tree_attention():
     """Tokens as they stand are the pack of ``Visibility.tree``."""
-    tree = RolloutTree.of(random_group(7))
+    tree = PackedTree.of(random_group(7))
     visibility = Visibility.tree(tree.parent.tolist(), tree.lengths.tolist())
     position = tree.start_pos.repeat_interleave(tree.lengths)
     offset = torch.arange(tree.num_tokens) - tree.tok_off[:-1].repeat_interleave(tree.lengths)
@@ -87,20 +87,20 @@ def test_order_is_that_of_the_tree_attention():
 
 def test_flat_rollouts_are_a_star():
     members = group([leaf((), (), [10, 11]), leaf((), (), [10, 12, 13])])
-    tree = RolloutTree.of(members)
+    tree = PackedTree.of(members)
     check(tree, members.trajectories)
     assert tree.parent.tolist() == [-1, 0, 0] and tree.num_tokens == 3 + 5
     assert tree.leaf_weight.tolist() == [0.5, 0.5]
 
 
 def test_equal_siblings_stay_apart():
-    tree = RolloutTree.of(tree_group([-1, -1], [[10], [10]], [0, 1], [0, 1]))
+    tree = PackedTree.of(tree_group([-1, -1], [[10], [10]], [0, 1], [0, 1]))
     assert tree.num_nodes == 3 and tree.num_tokens == 5
 
 
 def test_forests_join_trees():
     groups = [random_group(seed, group_id=seed) for seed in range(4)]
-    forest = Forest.of([RolloutTree.of(g) for g in groups])
+    forest = Forest.of([PackedTree.of(g) for g in groups])
     assert forest.num_leaves == sum(len(g.trajectories) for g in groups)
     leaf_Q, node_Q = forest.pairs
     of_pairs = torch.zeros(forest.num_nodes).index_add_(0, node_Q, torch.ones(len(node_Q)))
@@ -136,22 +136,22 @@ def test_contradictions_are_refused(leaves, words):
     if not members:
         made.trajectories = []
     with pytest.raises(ValueError, match=words):
-        RolloutTree.of(made)
+        PackedTree.of(made)
 
 
 def test_other_prompts_and_other_records_are_refused():
     made = group([leaf((0, 1), (1, 1), [10, 11]), leaf((0, 2), (1, 1), [10, 12])])
     made.trajectories[1].logp_rollout = made.trajectories[1].logp_rollout + 0.1
     with pytest.raises(ValueError, match="log-probabilities"):
-        RolloutTree.of(made)
+        PackedTree.of(made)
     made = group([leaf((), (), [10]), leaf((), (), [10], prompt=(4,))])
     with pytest.raises(ValueError, match="leaf 1 has another prompt"):
-        RolloutTree.of(made)
+        PackedTree.of(made)
 
 
 @pytest.mark.parametrize(("node", "k"), [(0, 1), (1, 0), (1, 9), (99, 1), (-1, 1)])
 def test_impossible_splits_are_refused(node, k):
-    tree = RolloutTree.of(figure_3())
+    tree = PackedTree.of(figure_3())
     with pytest.raises(ValueError, match=r"split\("):
         if node == 99:
             node = tree.num_nodes
