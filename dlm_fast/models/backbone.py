@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from dlm_fast.models.kv_cache import CachedRows
 from dlm_fast.models.linear import Linear
+from dlm_fast.models.tree_rows import KeptRows
 from dlm_fast.ops.segment_attention import segment_attention
 from dlm_fast.ops.visibility import Visibility
 
@@ -28,7 +28,7 @@ def visibility_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    visibility: Visibility | CachedRows | None = None,
+    visibility: Visibility | KeptRows | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention signature; the pattern arrives as the keyword ``visibility``."""
@@ -45,7 +45,7 @@ def visibility_attention(
         )
     # under autocast the rotary embedding leaves queries and keys in float32, values in 16 bits
     query, key = query_BHSd.to(value_BGSd.dtype), key_BGSd.to(value_BGSd.dtype)
-    if isinstance(visibility, CachedRows):
+    if isinstance(visibility, KeptRows):
         layer: Any = module.layer_idx
         out = visibility.attend(layer, query[0], key[0], value_BGSd[0], scaling)[None]
     else:

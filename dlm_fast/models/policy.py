@@ -19,15 +19,15 @@ from dlm_fast.models import text
 from dlm_fast.models.backbone import refuse_mask, set_checkpointing
 from dlm_fast.models.family import Family
 from dlm_fast.models.head import Head
-from dlm_fast.models.kv_cache import CachedRows
 from dlm_fast.models.lora import Adapters, adapters_off, merged_state, save_adapters
 from dlm_fast.models.requests import LogitsRequest, ScoreRequest, StatsRequest
 from dlm_fast.models.save import save_checkpoint
 from dlm_fast.models.source import Source
+from dlm_fast.models.tree_rows import KeptRows
 from dlm_fast.ops import Rng, TokenStats
 from dlm_fast.ops.visibility import Visibility
 
-Pattern = Visibility | CachedRows
+Pattern = Visibility | KeptRows
 """who sees whom: all keys are rows of the same pack, or some are kept"""
 
 
@@ -70,7 +70,7 @@ class Policy(nn.Module):
 
         ``input_ids`` int64 [T] is a pack under ``visibility``; [B, S] needs none, its rows are then
         sequences under the family's own attention. Rows of a request count the flattened input.
-        Under ``CachedRows`` the input is the new tokens alone, and nothing has a gradient.
+        Under ``KeptRows`` the input is the new tokens alone, and nothing has a gradient.
 
         ``score`` gives ``ScoreOutput``, ``stats`` ``TokenStats``, ``logits=True`` the logits as the
         network emits them [T, V] or [B, S, V], ``hidden`` int [N] the last hidden states, after the
@@ -304,7 +304,7 @@ class Policy(nn.Module):
         if visibility is None:
             return self._own_visibility(input_ids)
         rows = input_ids.numel()
-        if isinstance(visibility, CachedRows):
+        if isinstance(visibility, KeptRows):
             self._check_cached(input_ids, visibility)
         elif visibility.num_queries != rows or visibility.num_keys != rows:
             raise ValueError(
@@ -313,7 +313,7 @@ class Policy(nn.Module):
             )
         return visibility
 
-    def _check_cached(self, input_ids: Tensor, cached: CachedRows) -> None:
+    def _check_cached(self, input_ids: Tensor, cached: KeptRows) -> None:
         if input_ids.shape != cached.position_ids.shape:
             raise ValueError(
                 f"input_ids is {list(input_ids.shape)}, but the cached forward has "

@@ -1,6 +1,6 @@
 """One token for each of many paths with kept keys: every token of a tree goes through once.
 
-Letters: ``T`` packed new tokens of one forward, ``A`` paths of it, ``K`` tokens of the longest.
+Letters: ``T`` packed new tokens of one forward, ``A`` paths of it, ``N`` tokens that are drawn.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlm_fast.models.kv_cache import CachedRows, KeyValueStore
+from dlm_fast.models.tree_rows import TreeRows
 from dlm_fast.ops import TokenStats, TreeKVPool
 from dlm_fast.rollout.network import Forward
 from dlm_fast.rollout.path_network import Drawing, append_drawn, sources_of
@@ -22,36 +22,15 @@ _PAGE = 16
 """tokens of a page where rollout.cache_page leaves it open"""
 
 
-class PoolStore(KeyValueStore):
-    """The pages of a pool as numbered slots: a page's keys and its values lie one after the other,
-    so the value of a slot is found a page further on."""
-
-    def __init__(self, pool: TreeKVPool) -> None:
-        super().__init__()
-        self._pool = pool
-
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        page = self._pool.page
-        flat_SGd = self._pool.layer(index).flatten(0, 2)
-        self.num_slots = flat_SGd.shape[0] - page
-        return flat_SGd[:-page], flat_SGd[page:]
-
-    def write(self, index: int, slots_T: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> None:
-        page = self._pool.page
-        flat_SGd = self._pool.layer(index).flatten(0, 2)
-        flat_SGd.index_copy_(0, slots_T, key_TGd.detach())
-        flat_SGd.index_copy_(0, slots_T + page, value_TGd.detach())
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Feed:
-    """New tokens of one path."""
+    """New tokens at the end of one path."""
 
-    tokens: list[int]
-    slots_K: Tensor
-    """pool slots of the whole path"""
-    num_written: int
-    """the first so many of the tokens are kept"""
+    handle: int
+    """of the path's last node"""
+    tokens: Sequence[int]
+    is_written: bool
+    """they are kept; else they are kept already, and predict once more"""
 
 
 class PooledPaths:
@@ -64,17 +43,15 @@ class PooledPaths:
         self._policy, self._forward, self._drawing = policy, forward, drawing
         sampler = drawing.sampler
         self.pool = pool or pool_for(policy, sampler.cache_page or _PAGE, sampler.cache_pages)
-        self._store = PoolStore(self.pool)
-        self._before: dict[int, Tensor] = {}
-        """handle of a node -> slots of the path before it"""
+        self._query_heads = policy.config.num_attention_heads
         self.tokens_forwarded = 0
 
     def step(self, nodes: Sequence[PathNode]) -> None:
         sources, source_N = sources_of(nodes)
-        feeds = self._feeds(sources)
+        feeds, slots = self._feeds(sources)
         last_A = torch.tensor([len(feed.tokens) for feed in feeds]).cumsum(0) - 1
         rows_N = last_A[source_N].to(self.pool.device, torch.int32)
-        stats = self._run(feeds, rows_N, **self._drawing.options(nodes))
+        stats = self._run(feeds, slots, rows_N, **self._drawing.options(nodes))
         for source in sources:
             source.kept = len(source.tokens)
         append_drawn(nodes, stats, self._drawing.eos_ids)
@@ -99,44 +76,34 @@ class PooledPaths:
             self.pool.hold(upper_handle)
             upper = node.split(count)
             upper.handle = upper_handle
-        self._before.clear()
         return upper
 
     def forget(self, nodes: Sequence[PathNode]) -> None:
         for node in reversed(nodes):
             if node.handle >= 0:
-                self._before.pop(node.handle, None)
                 self.pool.release(node.handle)
                 node.handle, node.is_pinned, node.kept = -1, False, 0
 
-    def _feeds(self, sources: Sequence[PathNode]) -> list[_Feed]:
-        """Makes room for what is new at the end of each path; what is not new, the last token of
-        a path that is continued again, only predicts."""
+    def _feeds(self, sources: Sequence[PathNode]) -> tuple[list[_Feed], Tensor]:
+        """Makes room for what is new at the end of each path, and says where. What is not new, the
+        last token of a path that is continued again, only predicts."""
         for source in sources:
             self._open(source)
-        growing = [source for source in sources if source.kept < len(source.tokens)]
-        handles = [source.handle for source in growing]
-        new = [source.tokens[source.kept :] for source in growing]
-        self.pool.append(handles, [t for tokens in new for t in tokens], list(map(len, new)))
-        feeds = []
-        for source in sources:
-            tokens = source.tokens[source.kept :]
-            feeds.append(
-                _Feed(
-                    tokens=tokens or source.tokens[-1:],
-                    slots_K=self._path_slots(source),
-                    num_written=len(tokens),
-                )
+        feeds = [
+            _Feed(
+                handle=source.handle,
+                tokens=source.tokens[source.kept :] or source.tokens[-1:],
+                is_written=source.kept < len(source.tokens),
             )
-        return feeds
-
-    def _path_slots(self, node: PathNode) -> Tensor:
-        own_K = self.pool.slots(node.handle)
-        if node.parent is None:
-            return own_K
-        if node.handle not in self._before:
-            self._before[node.handle] = self.pool.path_slots(node.parent.handle)
-        return torch.cat([self._before[node.handle], own_K])
+            for source in sources
+        ]
+        growing = [feed for feed in feeds if feed.is_written]
+        slots = self.pool.append(
+            [feed.handle for feed in growing],
+            [token for feed in growing for token in feed.tokens],
+            [len(feed.tokens) for feed in growing],
+        )
+        return feeds, slots
 
     def _open(self, source: PathNode) -> None:
         """The node has a place in the pool, its path is computed and stays."""
@@ -156,45 +123,30 @@ class PooledPaths:
         refill = self.pool.pin([node.handle])
         node.is_pinned = True
         if refill.nodes:
-            self._before.clear()
-            tokens = refill.token_ids.tolist()
-            feed = _Feed(
-                tokens=tokens,
-                slots_K=self.pool.path_slots(node.handle),
-                num_written=len(tokens),
-            )
+            feed = _Feed(handle=node.handle, tokens=refill.token_ids.tolist(), is_written=True)
             none = torch.empty(0, dtype=torch.int32, device=self.pool.device)
-            self._run([feed], none, temperature=0.0)
+            self._run([feed], refill.slots, none, temperature=0.0)
 
-    def _run(self, feeds: Sequence[_Feed], rows_N: Tensor, **draw: Any) -> TokenStats:
-        ids_T, cached = self._lay_out(feeds)
-        self.tokens_forwarded += ids_T.numel()
-        return self._forward(ids_T, cached, rows=rows_N, **draw)
-
-    def _lay_out(self, feeds: Sequence[_Feed]) -> tuple[Tensor, CachedRows]:
-        device, page = self.pool.device, self.pool.page
-        slots_AK = torch.nn.utils.rnn.pad_sequence([feed.slots_K for feed in feeds], True)
-        slots_AK = slots_AK + slots_AK // page * page  # values lie between the pages' keys
-        length_A = torch.tensor([feed.slots_K.numel() for feed in feeds], device=device)
-        count_A = torch.tensor([len(feed.tokens) for feed in feeds], device=device)
-        member_T = torch.arange(len(feeds), device=device).repeat_interleave(count_A)
-        place_T = torch.arange(member_T.numel(), device=device)
-        place_T = place_T - (count_A.cumsum(0) - count_A)[member_T]
-        position_T = (length_A - count_A)[member_T] + place_T
-        written_A = torch.tensor([feed.num_written for feed in feeds], device=device)
-        written = (place_T < written_A[member_T]).nonzero()[:, 0]
-        cached = CachedRows(
-            store=self._store,
-            slots=slots_AK,
-            key_lengths=tuple(length_A.tolist()),
-            row_lengths=tuple(count_A.tolist()),
-            position_ids=position_T,
-            seen=position_T + 1,
-            write_rows=written,
-            write_slots=slots_AK[member_T[written], position_T[written]],
+    def _run(
+        self, feeds: Sequence[_Feed], slots: Tensor, rows_N: Tensor, **draw: Any
+    ) -> TokenStats:
+        """One forward; ``slots``: of the tokens that are written."""
+        device = self.pool.device
+        counts = [len(feed.tokens) for feed in feeds]
+        written = torch.tensor([feed.is_written for feed in feeds]).repeat_interleave(
+            torch.tensor(counts)
         )
-        ids = [token for feed in feeds for token in feed.tokens]
-        return torch.tensor(ids, device=device), cached
+        rows = TreeRows.of(
+            self.pool,
+            [feed.handle for feed in feeds],
+            counts,
+            query_heads=self._query_heads,
+            write_rows=written.nonzero()[:, 0].to(device),
+            write_slots=slots,
+        )
+        ids_T = torch.tensor([token for feed in feeds for token in feed.tokens], device=device)
+        self.tokens_forwarded += ids_T.numel()
+        return self._forward(ids_T, rows, rows=rows_N, **draw)
 
 
 def pool_for(policy: Any, page: int, max_pages: int | None) -> TreeKVPool:
