@@ -55,9 +55,7 @@ struct HeadGemm {
       std::copy_n(static_cast<const uint16_t*>(data) + i, count, words);
       return dtype == Dtype::kBFloat16 ? V::load_bfloat16(words) : V::load_half(words);
     }
-    Real numbers[kLanes] = {};
-    std::copy_n(static_cast<const Real*>(data) + i, count, numbers);
-    return V::load(numbers);
+    return V::load_part(static_cast<const Real*>(data) + i, count);
   }
 
   static void pack_rows(const Matrix& matrix, const int64_t* rows, int64_t count, Real* out) {

@@ -89,16 +89,22 @@ struct TreeItemWork {
     return std::min<int64_t>(std::max<int64_t>(seen, 0), item.num_keys);
   }
 
+  // A piece lies in one page.
   void find_keys(int64_t count, int64_t& piece, int64_t& used) {
     const PagedKeys& keys = in.keys;
-    for (int64_t i = 0; i < count; ++i) {
-      if (used == call.plan.piece_starts[piece + 1] - call.plan.piece_starts[piece]) {
+    for (int64_t i = 0; i < count;) {
+      int64_t left = call.plan.piece_starts[piece + 1] - call.plan.piece_starts[piece] - used;
+      if (left == 0) {
         ++piece;
         used = 0;
+        continue;
       }
-      const int64_t slot = call.plan.piece_slots[piece] + used++;
-      offsets[i] = slot / keys.page * keys.page_stride + slot % keys.page * keys.token_stride +
-                   head * keys.head_stride;
+      const int64_t slot = call.plan.piece_slots[piece] + used;
+      int64_t offset = slot / keys.page * keys.page_stride + slot % keys.page * keys.token_stride +
+                       head * keys.head_stride;
+      left = std::min(left, count - i);
+      used += left;
+      for (; left > 0; --left, offset += keys.token_stride) offsets[i++] = offset;
     }
   }
 

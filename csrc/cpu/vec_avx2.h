@@ -20,6 +20,12 @@ struct Vec {
   static Vec load(const float* p) {
     return {_mm256_loadu_ps(p)};
   }
+  // `count` numbers, below the width; zeros behind, where nothing is read.
+  static Vec load_part(const float* p, int64_t count) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return {_mm256_maskload_ps(
+        p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane))};
+  }
   static Vec load_bfloat16(const uint16_t* p) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};

@@ -20,6 +20,10 @@ struct Vec {
   static Vec load(const float* p) {
     return {_mm512_loadu_ps(p)};
   }
+  // `count` numbers, below the width; zeros behind, where nothing is read.
+  static Vec load_part(const float* p, int64_t count) {
+    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p)};
+  }
   static Vec load_bfloat16(const uint16_t* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};

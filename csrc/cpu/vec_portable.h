@@ -57,6 +57,10 @@ struct Vec {
   static Vec load(const R* p) {
     return make([&](int i) { return p[i]; });
   }
+  // `count` numbers, below the width; zeros behind, where nothing is read.
+  static Vec load_part(const R* p, int64_t count) {
+    return make([&](int i) { return i < count ? p[i] : R(0); });
+  }
   static Vec load_bfloat16(const uint16_t* p) {
     return make([&](int i) { return static_cast<R>(float_from_bfloat16(p[i])); });
   }
