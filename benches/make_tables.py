@@ -26,7 +26,7 @@ from table_cells import (
     shape_of,
     table,
 )
-from training_tables import attention_section, bgpo_section, update_section
+from training_tables import attention_section, bgpo_section, tree_section, update_section
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
@@ -62,6 +62,8 @@ def render(results: Path = RESULTS) -> str:
     for name, section in (("update", update_section), ("attention", attention_section)):
         if trace := _load(results / f"trace_{name}.json"):
             parts.append(section(trace))
+    if tree := _load(results / "tree_update.json"):
+        parts.append(tree_section(tree))
     parts.append(_providers([found for found in (cpu, cuda) if found]))
     return "\n".join(parts)
 

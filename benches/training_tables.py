@@ -1,4 +1,4 @@
-"""Sections of the benchmark page on training: BGPO's step, TraceRL's pass and its attention."""
+"""Sections of the benchmark page on training: steps of BGPO, TraceRL and TreePO, and attention."""
 
 from __future__ import annotations
 
@@ -107,6 +107,33 @@ def attention_section(found: dict[str, Any]) -> str:
         header += ["extra MB", "dense, extra MB", "error of values", "of gradients"]
         text += f"\n{pack}:\n\n" + table(header, [_attention_row(case) for case in cases])
     return text
+
+
+def tree_section(found: dict[str, Any]) -> str:
+    """TreePO's passes on packed trees against separate sequences."""
+    model = found["model"]
+    rows = [
+        [
+            case["shape"],
+            *(str(case[name]) for name in ("flat", "unique")),
+            f"{case['sharing']:.2f}",
+            *(ms(case["seconds"][name]["cpu_s"]["least"]) for name in ("separate", "packed")),
+            f"{case['over_proportional']:.2f}",
+            f"{case['difference']['loss']:.1e}, {case['difference']['gradient']:.1e}",
+        ]
+        for case in found["cases"]
+    ]
+    header = ["tree", "S", "U", "S/U", "separate, ms", "packed, ms", "packed / (U/S separate)"]
+    return (
+        "## TreePO's step on packed trees\n\n"
+        f"One tree of {found['leaves']} leaves, forward, loss and backward; Qwen3's backbone of "
+        f"width {model['hidden_size']}, {model['num_hidden_layers']} layers, "
+        f"{model['vocab_size']} tokens, float32. Separate: each leaf a sequence, S tokens in all, "
+        "prompts included. Packed: each of U tokens once. The ratio is 1 where time is "
+        "proportional to tokens; attention sees more keys per token in a tree's pack. Difference: "
+        "of the loss, and of the gradient, relative. Process CPU time of one thread, least of "
+        f"{found['rounds']}.\n{_where(found)}\n\n" + table([*header, "difference"], rows)
+    )
 
 
 def _attention_row(case: Case) -> list[str]:

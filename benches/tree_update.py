@@ -209,7 +209,7 @@ def main() -> None:
     )
     default = Path(__file__).resolve().parent / "results"
     parser.add_argument("--out", type=Path, default=default, help="folder of the JSON file")
-    parser.add_argument("--rounds", type=int, default=5, help="timed passes of each")
+    parser.add_argument("--rounds", type=int, default=7, help="timed passes of each")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     result = {

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from fake_training import ROLLOUT, Config, DigitsTask, tiny_policy
 
-from dlm_fast.algorithms import bgpo, tracerl
+from dlm_fast.algorithms import bgpo, tracerl, treepo
+from dlm_fast.rollout import TreeConfig
 from dlm_fast.training import TrainConfig, Trainer, checkpoint
 
 SMALL = TrainConfig(
@@ -94,6 +95,22 @@ def trace(run_dir: str, changes: dict[str, Any]) -> Trainer:
     )
 
 
+def trees(run_dir: str, changes: dict[str, Any]) -> Trainer:
+    """TreePO on a causal model, two updates an iteration, trees cut into several passes."""
+    tree = TreeConfig(leaves=4, segment=4, max_depth=2, answer="none")
+    return Trainer(
+        tiny_policy(kind="causal"),
+        DigitsTask(),
+        treepo.Config(
+            tree=tree, mini_batch=8, rows_per_forward=24, reject="reward", max_gen_batches=2
+        ),
+        replace(SMALL, prompts_per_step=4, **changes),
+        rollout=ROLLOUT,
+        run_dir=run_dir,
+        seed=3,
+    )
+
+
 def slow_down_writes(seconds: float) -> None:
     """Files of checkpoints appear, then take their time."""
     write = checkpoint.write_durably
@@ -107,13 +124,16 @@ def slow_down_writes(seconds: float) -> None:
     checkpoint.write_durably = slow
 
 
+KINDS = {"fake": fake, "bgpo": real, "tracerl": trace, "treepo": trees}
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     if len(sys.argv) > 2:
         slow_down_writes(float(sys.argv[2]))
     for kind, run_dir, changes in json.loads(sys.argv[1]):
-        trainer = {"fake": fake, "bgpo": real, "tracerl": trace}[kind](run_dir, changes)
+        trainer = KINDS[kind](run_dir, changes)
         forwards: list[None] = []
         trainer.policy.register_forward_hook(lambda *_, seen=forwards: seen.append(None))
         result = trainer.run()

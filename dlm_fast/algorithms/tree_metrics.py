@@ -9,10 +9,14 @@ from dlm_fast.algorithms.contract import Metrics
 from dlm_fast.rollout.trajectory import Group, trajectories_of
 from dlm_fast.rollout.tree import PackedTree
 
+REASONS = ("answer", "unclosed", "eos", "max_depth", "max_tokens", "repetition", "unfinished")
+"""why the sampler of trees ends a path"""
 
-def tree_metrics(trees: Sequence[PackedTree], groups: Sequence[Group]) -> Metrics:
+
+def tree_metrics(trees: Sequence[PackedTree], groups: Sequence[Group], max_depth: int) -> Metrics:
     """(sum, count) each, over the trees of the groups; the sampler's own facts where it left any
-    (``detail["tree"]``: reason, fallback, step)."""
+    (``detail["tree"]``: reason, fallback, step). Shares are told where they are 0 too, or the
+    processes' numbers would not add up. Leaves below ``max_depth`` count there."""
     count = float(len(trees))
     leaves = float(sum(tree.num_leaves for tree in trees))
     flat = float(sum(tree.num_flat_tokens for tree in trees))
@@ -32,14 +36,16 @@ def tree_metrics(trees: Sequence[PackedTree], groups: Sequence[Group]) -> Metric
         weighted += sum(w * length for w, length in zip(weight, lengths, strict=True))
         correct += sum(w * member.correct for w, member in zip(weight, members, strict=True))
         reward += sum(w * member.reward for w, member in zip(weight, members, strict=True))
-        depths.update(tree.depth[tree.leaf_node].tolist())
+        depths.update(tree.depth[tree.leaf_node].clamp(max=max_depth).tolist())
     metrics |= {
         "tree/length_bias": (plain - weighted, count),
         "tree/length_weighted": (weighted, count),
         "tree/correct_weighted": (correct, count),
         "tree/reward_weighted": (reward, count),
     }
-    metrics |= {f"tree/depth_{depth}": (float(n), leaves) for depth, n in sorted(depths.items())}
+    metrics |= {
+        f"tree/depth_{depth}": (float(depths[depth]), leaves) for depth in range(1, max_depth + 1)
+    }
     return metrics | _sampler_facts(groups, count)
 
 
@@ -55,5 +61,5 @@ def _sampler_facts(groups: Sequence[Group], count: float) -> Metrics:
         "tree/fallback_leaves": (from_fallback, leaves),
         "tree/leaves_before_fallback": (leaves - from_fallback, count),
         "tree/finish_step": (sum(steps), float(len(steps))),
-        **{f"tree/reason_{name}": (float(n), leaves) for name, n in sorted(reasons.items())},
+        **{f"tree/reason_{name}": (float(reasons[name]), leaves) for name in REASONS},
     }

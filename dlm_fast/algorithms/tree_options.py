@@ -64,6 +64,11 @@ class TreePolicyOptions(AdvantageOptions):
         """Rollouts per prompt."""
         raise NotImplementedError
 
+    @property
+    def max_depth(self) -> int:
+        """Most segments of a path."""
+        return 1
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self)

@@ -79,6 +79,11 @@ class Config(TreePolicyOptions):
         """Rollouts per prompt."""
         return self.tree.leaves
 
+    @property
+    def max_depth(self) -> int:
+        """Most segments of a path."""
+        return self.tree.max_depth if self.rollouts == "tree" else 1
+
     anneal_iterations: int = 0
     """iterations over which tree.share_temperature moves to tree.share_temperature_end"""
 
@@ -209,7 +214,7 @@ class TreePO(Algorithm):
         context.metrics |= {
             "tree/rejected": (rejected, float(len(groups))),
             "tree/gen_batches": float(self._gen_batches),
-            **tree_metrics(trees, kept),
+            **tree_metrics(trees, kept, self.config.max_depth),
         }
         if self._skips(len(kept), context):
             return []

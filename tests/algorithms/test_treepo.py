@@ -203,14 +203,15 @@ def test_metrics_of_trees():
         facts = {"reason": "eos" if k < 6 else "max_depth", "fallback": k == 7, "step": k}
         member.detail = {"tree": facts}
     tree = PackedTree.of(made)
-    found = tree_metrics([tree], [made])
+    found = tree_metrics([tree], [made], 4)
     assert found["tree/sharing"] == (tree.num_flat_tokens, tree.num_tokens)
     assert found["tree/leaves"] == (8, 1)
     assert found["tree/fallback_leaves"] == (1, 8)
     assert found["tree/leaves_before_fallback"] == (7, 1)
     assert found["tree/finish_step"] == (28, 8)
     assert found["tree/reason_eos"] == (6, 8) and found["tree/reason_max_depth"] == (2, 8)
-    assert [found[f"tree/depth_{d}"][0] for d in (1, 2, 3)] == [2, 1, 5]
+    assert found["tree/reason_answer"] == (0, 8)
+    assert [found[f"tree/depth_{d}"][0] for d in (1, 2, 3, 4)] == [2, 1, 5, 0]
     weights = [1 / 3, 1 / 3, 1 / 18, 1 / 18, 1 / 27, 1 / 27, 1 / 27, 1 / 9]
     lengths = [3, 5, 8, 8, 7, 9, 10, 6]
     mean = sum(w * n for w, n in zip(weights, lengths, strict=True))

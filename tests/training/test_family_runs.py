@@ -221,3 +221,25 @@ def test_float64_policies_sample(kind):
         (trajectory,) = dlm_fast.sample(policy, [torch.tensor([1, 2, 3])], settings)
         assert trajectory.logp_rollout.dtype == trajectory.confidence.dtype == torch.float32
         assert (trajectory.logp_rollout < 0).all()
+
+
+TREES = (
+    SETTINGS
+    + """algorithm:
+  tree: {leaves: 4, segment: 4, max_depth: 4, answer: none, repetition: none}
+  reject: reward
+"""
+)
+
+
+def test_treepo_trains_qwen_and_goes_on_after_a_stop(tmp_path, train):
+    qwen = write(tmp_path / "qwen", "qwen2")
+    two = ("--train.max-steps", "2")
+    assert train("treepo", qwen, tmp_path / "straight", TREES, *two) == 0
+    assert train("treepo", qwen, tmp_path / "run", TREES) == 0
+    assert train("treepo", qwen, tmp_path / "run", TREES, *two, "--resume") == 0
+    found, expected = tensors_of(tmp_path / "run"), tensors_of(tmp_path / "straight")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["tree/leaves"] == 4

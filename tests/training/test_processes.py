@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_in_processes import fake, real, trace
+from train_in_processes import fake, real, trace, trees
 
 from dlm_fast.training.checkpoint import newest_checkpoint
 
@@ -67,6 +67,7 @@ def single(tmp_path_factory):
         "adapters": real(str(folder / "adapters"), ADAPTERS).run().history,
         "values": trace(str(folder / "values"), VALUES).run().history,
         "value_head": trace(str(folder / "value_head"), VALUE_HEAD).run().history,
+        "trees": trees(str(folder / "trees"), {}).run().history,
     }
     return folder, histories
 
@@ -84,6 +85,7 @@ JOBS = [
     ["bgpo", "adapters", ADAPTERS],
     ["tracerl", "values", VALUES],
     ["tracerl", "value_head", VALUE_HEAD],
+    ["treepo", "trees", {}],
     ["fake", "taken_up", {"resume": True, "max_steps": 5}],
 ]
 
