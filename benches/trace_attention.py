@@ -6,7 +6,7 @@ Then `python benches/make_tables.py` renews docs/benchmarks.md.
 
 Packs are those of training: recorded responses of 2.28 tokens a step in blocks of 4 behind a prompt
 of 150 tokens. *dense* is one ``scaled_dot_product_attention`` under a [T, T] mask, made beforehand.
-Errors of values and gradients are the largest ones against float64; memory is the peak of a fresh
+Errors are those of values and gradients against float64; memory is the peak of a fresh
 process beyond inputs and results.
 """
 
@@ -30,7 +30,6 @@ from dlm_fast.benchmark.timing import Plan, cpu_clock, interleaved, summary
 from dlm_fast.ops import (
     TraceNode,
     Visibility,
-    interval_attention,
     interval_attention_ref,
     trace_pack,
 )
@@ -44,6 +43,7 @@ PACKS = {
 """responses, and about how many rows"""
 WORKS = {"forward": False, "forward and backward": True}
 RIVALS = ("ours", "dense")
+NUMBERS = ("out", "dq", "dk", "dv")
 
 
 @functools.lru_cache(maxsize=1)
@@ -63,26 +63,35 @@ def case(rows: int, responses: int) -> Case:
     return Case(visibility(rows, responses), HEADS, KEY_HEADS, WIDTH)
 
 
-def errors(chosen: Case) -> dict[str, float]:
-    """Largest absolute ones against float64, a key head with its query heads at a time."""
+def errors(chosen: Case) -> dict[str, dict[str, list[float]]]:
+    """Of both, against float64, a key head with its query heads at a time: largest absolute error
+    and relative (Frobenius) one."""
     tensors = chosen.tensors(torch.float32)
-    out = interval_attention(*tensors, chosen.visibility)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(SEED))
-    found = [out.detach(), *torch.autograd.grad(out, tensors, upstream)]
-    worst = dict.fromkeys(("out", "dq", "dk", "dv"), 0.0)
+    upstream = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(SEED))
+    found: dict[str, list[Tensor]] = {}
+    for name in RIVALS:
+        out = provider(name, chosen)(*tensors)
+        out = out if out.dim() == 3 else out[0].transpose(0, 1)  # torch's call has heads first
+        found[name] = [out.detach(), *torch.autograd.grad(out, tensors, upstream)]
+    exact: list[list[Tensor]] = [[], [], [], []]
     group = HEADS // KEY_HEADS
     for head in range(KEY_HEADS):
         own = slice(head * group, (head + 1) * group)
-        places = own, own, slice(head, head + 1), slice(head, head + 1)
-        exact = [
+        leaves = [
             x[:, p].detach().double().requires_grad_()
-            for x, p in zip(tensors, places[1:], strict=True)
+            for x, p in zip(tensors, (own, *[slice(head, head + 1)] * 2), strict=True)
         ]
-        truth = interval_attention_ref(*exact, chosen.visibility)
-        gradients = torch.autograd.grad(truth, exact, upstream[:, own].double())
-        for name, ours, p, right in zip(worst, found, places, (truth, *gradients), strict=True):
-            worst[name] = max(worst[name], float((ours[:, p] - right.detach()).abs().max()))
-    return worst
+        truth = interval_attention_ref(*leaves, chosen.visibility)
+        gradients = torch.autograd.grad(truth, leaves, upstream[:, own].double())
+        for parts, part in zip(exact, (truth.detach(), *gradients), strict=True):
+            parts.append(part)
+    return {
+        name: {
+            key: [float((a - b).abs().max()), float((a - b).norm() / b.norm())]
+            for key, a, b in zip(NUMBERS, ours, [torch.cat(p, 1) for p in exact], strict=True)
+        }
+        for name, ours in found.items()
+    }
 
 
 def memory_calls(

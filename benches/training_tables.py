@@ -93,8 +93,9 @@ def attention_section(found: dict[str, Any]) -> str:
         f"`interval_attention` and one `scaled_dot_product_attention` under a [T, T] mask, {heads} "
         f"heads on {key_heads} of width {width}, float32; packs of recorded responses, blocks of "
         "4, 2.28 tokens a step. Times: ms of ours (times of dense relative to it). Memory: dense "
-        "attention's with its mask. Error: largest absolute one of ours, values and gradients, "
-        f"against float64. Providers in turn in one process, {found['rounds']} calls of each.\n"
+        "attention's with its mask. Error against float64, ours and dense: largest absolute one of "
+        f"values, largest relative (Frobenius) one of the three gradients. Providers in turn in "
+        f"one process, {found['rounds']} calls of each.\n"
         f"{_where(found)}\n"
     )
     for pack in dict.fromkeys(case["pack"] for case in found["cases"]):
@@ -151,4 +152,9 @@ def _attention_row(case: Case) -> list[str]:
     errors = case.get("errors")
     if errors is None:
         return [*cells, "-", "-"]
-    return [*cells, f"{errors['out']:.1e}", f"{max(errors[n] for n in ('dq', 'dk', 'dv')):.1e}"]
+    values = ", ".join(f"{errors[name]['out'][0]:.1e}" for name in ("ours", "dense"))
+    gradients = ", ".join(
+        f"{max(errors[name][key][1] for key in ('dq', 'dk', 'dv')):.1e}"
+        for name in ("ours", "dense")
+    )
+    return [*cells, values, gradients]
