@@ -15,26 +15,11 @@ from torch import Tensor
 
 from dlm_fast.ops.tree_kv_pool import TreePoolExhausted
 from dlm_fast.rollout.network import Forward
-from dlm_fast.rollout.path_network import Drawing, PathNetwork, WholePaths
+from dlm_fast.rollout.path_network import PathNetwork
+from dlm_fast.rollout.path_networks import path_network
 from dlm_fast.rollout.path_nodes import PathNode, root_of
-from dlm_fast.rollout.pooled_paths import PooledPaths
 from dlm_fast.rollout.sampler_config import SamplerConfig
 from dlm_fast.rollout.trajectory import Trajectory
-
-
-def path_network(
-    policy: Any, sampler: SamplerConfig, seed: int, forward: Forward | None
-) -> PathNetwork:
-    """What ``rollout.cache`` names: whole paths (none), or kept keys (tree)."""
-    drawing = Drawing(
-        sampler=sampler,
-        forbid_ids=sampler.never_drawn(policy.family),
-        eos_ids=frozenset(policy.family.eos_ids),
-        seed=seed,
-        device=getattr(policy, "device", "cpu"),
-    )
-    made = WholePaths if sampler.cache == "none" else PooledPaths
-    return made(policy, forward or policy.stats, drawing)
 
 
 def decode_rows(

@@ -252,7 +252,8 @@ class GrowingTree:
         # segments count from the grid, so what the prompt holds of its last block counts
         length = len(logprobs) + self._offset
         padded = [0.0] * self._offset + logprobs
-        keep = tokens_to_keep(length, self._config, uniform, padded) - self._offset
+        keep = tokens_to_keep(length, self._config, uniform, padded)
+        keep = keep // self._growth.grid * self._growth.grid - self._offset
         node, depth = self.tree.root, 0
         for depth, step in enumerate(path, 1):
             inside = keep - (step.start - self.tree.root.stop)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from dlm_fast.ops import Rng, Stream, TokenStats
 from dlm_fast.ops.visibility import Visibility
 from dlm_fast.rollout.network import Forward
 from dlm_fast.rollout.path_nodes import PathNode
 from dlm_fast.rollout.sampler_config import SamplerConfig
+from dlm_fast.rollout.unmask import check_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +30,17 @@ class Drawing:
     seed: int
     device: torch.device | str = "cpu"
 
-    def options(self, nodes: Sequence[PathNode]) -> dict[str, Any]:
-        """Arguments of the forward for the next token of each node."""
+    def options(
+        self, nodes: Sequence[PathNode], position_N: Tensor | None = None, step_N: Tensor | int = 0
+    ) -> dict[str, Any]:
+        """Arguments of the forward for one token of each node: the next one, or that at these
+        positions."""
         config, rng = self.sampler, None
+        if position_N is None:
+            position_N = torch.tensor([node.stop for node in nodes])
         if config.temperature > 0:
-            position = torch.tensor([node.stop for node in nodes], dtype=torch.int32)
             rng = Rng.of(self.seed, Stream.TOKEN, [node.key for node in nodes])
-            rng = rng.at(position=position).to(self.device)
+            rng = rng.at(position=position_N, step=step_N).to(self.device)
         return {
             "temperature": config.temperature,
             "top_k": config.top_k,
@@ -86,6 +92,7 @@ def sources_of(nodes: Sequence[PathNode]) -> tuple[list[PathNode], list[int]]:
 
 def append_drawn(nodes: Sequence[PathNode], stats: TokenStats, eos_ids: frozenset[int]) -> None:
     """Writes the drawn tokens and their numbers to the nodes."""
+    check_finite(stats.logprob)
     drawn = zip(
         nodes,
         stats.token.tolist(),
@@ -93,11 +100,6 @@ def append_drawn(nodes: Sequence[PathNode], stats: TokenStats, eos_ids: frozense
         stats.confidence.tolist(),
         strict=True,
     )
-    if bool(stats.logprob.isnan().any()):
-        raise ValueError(
-            "the network's logits are not finite, so there is no token to draw; check the weights "
-            "and the precision"
-        )
     for node, token, logprob, confidence in drawn:
         node.tokens.append(token)
         node.is_stopped = token in eos_ids

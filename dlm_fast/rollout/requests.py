@@ -14,7 +14,7 @@ from dlm_fast.rollout.unmask import UnmaskRule
 _ID_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
-def check_family(policy: Any, config: SamplerConfig) -> None:
+def check_family(policy: Any, config: SamplerConfig, for_trees: bool = False) -> None:
     """A diffusion model needs a mask token, a block model its own blocks; a causal one has neither
     steps nor rules."""
     family = policy.family
@@ -26,7 +26,9 @@ def check_family(policy: Any, config: SamplerConfig) -> None:
     if family.kind == "causal":
         _check_causal_family(family, config)
         return
-    if config.cache == "tree":
+    if for_trees:
+        _check_tree_family(family, config)
+    elif config.cache == "tree":
         raise ValueError(
             f"rollout.cache=tree keeps the keys of paths that share their beginnings; model family "
             f"{family.model_type!r} decodes every row by itself: set rollout.cache to none, or to "
@@ -72,6 +74,23 @@ def _check_causal_family(family: Any, config: SamplerConfig) -> None:
                 f"{name} rollout.{option}={value} has no meaning; set it to "
                 f"{' or '.join(map(str, default))}"
             )
+
+
+def _check_tree_family(family: Any, config: SamplerConfig) -> None:
+    if family.kind == "full":
+        raise ValueError(
+            f"model family {family.model_type!r} sees the whole sequence, so paths that part share "
+            "no keys: trees grow on causal and block models"
+        )
+    if config.cache not in ("none", "tree"):
+        raise ValueError(
+            f"rollout.cache={config.cache} keeps the keys of single rows; trees take none or tree"
+        )
+    if family.logit_shift:
+        raise ValueError(
+            f"trees of block models take a logit shift of 0; model family {family.model_type!r} "
+            f"has {family.logit_shift}, so a block's first token would need the row before it"
+        )
 
 
 def check_causal(fixed_ids: object, rule: object) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlm_fast.ops import Rng, Stream, TokenStats
+from dlm_fast.ops import Rng, Stream
 from dlm_fast.rollout.cached_network import CachedNetwork
 from dlm_fast.rollout.causal import decode_rows
 from dlm_fast.rollout.network import Forward, Network, Recompute
@@ -35,14 +35,12 @@ from dlm_fast.rollout.requests import (
     check_rule,
     check_sequence_ids,
 )
-from dlm_fast.rollout.sampler_config import ENTROPY_RULES, SamplerConfig
+from dlm_fast.rollout.sampler_config import SamplerConfig
 from dlm_fast.rollout.trajectory import Trajectory
-from dlm_fast.rollout.unmask import ConfiguredRule, Decision, UnmaskRule
+from dlm_fast.rollout.unmask import ConfiguredRule, Decision, UnmaskRule, check_finite, score_of
 from dlm_fast.rollout.window import Windows
 
 OnDone = Callable[[list[int], list[Trajectory]], None]
-
-_LOWEST_ENTROPY_SCORE = -1e4  # below minus the entropy of any vocabulary, and finite
 
 
 def sample(
@@ -152,7 +150,7 @@ class _Loop:
         row_N, column_N = asked_AW.nonzero(as_tuple=True)
         draw = self._draw(row_A, row_N, column_N)
         stats = self.network.statistics(row_A, row_N, column_N, **draw)
-        score_N = self._score(stats)
+        score_N = score_of(stats, self.config, windows.eos_ids)
         step_A = windows.step_R[row_A]
         decision = Decision(
             stats=stats,
@@ -170,11 +168,7 @@ class _Loop:
         chosen_AW = self.rule(decision)
         self._check_choice(chosen_AW, selectable_AW)
         chosen_K = chosen_AW[row_N, column_N].nonzero()[:, 0]
-        if bool(score_N[chosen_K].isnan().any()):  # the rules pass NaN over while there is a number
-            raise ValueError(
-                "the network's logits are not finite, so there is no token to draw; check the "
-                "weights and the precision"
-            )
+        check_finite(score_N[chosen_K])  # the rules pass NaN over while there is a number
         windows.count_step(row_A)
         windows.reveal(
             row_A[row_N[chosen_K]],
@@ -202,19 +196,6 @@ class _Loop:
             "forbid_ids": self.forbid_ids,
             "rng": rng,
         }
-
-    def _score(self, stats: TokenStats) -> Tensor:
-        by_entropy = self.config.confidence == "entropy" or self.config.rule in ENTROPY_RULES
-        if by_entropy:
-            score_N = -stats.entropy
-        elif self.config.confidence == "margin":
-            score_N = stats.margin
-        else:
-            score_N = stats.confidence
-        if self.config.forbid_eos_confidence:
-            is_eos_N = torch.isin(stats.token, self.windows.eos_ids)
-            score_N = score_N.masked_fill(is_eos_N, _LOWEST_ENTROPY_SCORE if by_entropy else 0.0)
-        return score_N
 
     def _check_choice(self, chosen_AW: Tensor, selectable_AW: Tensor) -> None:
         if chosen_AW.dtype != torch.bool or chosen_AW.shape != selectable_AW.shape:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from dlm_fast.ops.tree_kv_pool import TreePoolExhausted
-from dlm_fast.rollout.causal import path_network
 from dlm_fast.rollout.growing_tree import GrowingTree, Growth
 from dlm_fast.rollout.network import Forward
 from dlm_fast.rollout.path_network import PathNetwork
+from dlm_fast.rollout.path_networks import path_network
 from dlm_fast.rollout.path_nodes import root_of
 from dlm_fast.rollout.requests import (
     check_family,
@@ -54,7 +54,7 @@ def sample_trees(
     ``max_batch``: most paths in one forward; trees wait where there are more. ``on_done``: called
     with the number of a prompt and its finished tree. The others are as in ``sample``.
     """
-    check_family(policy, sampler)
+    check_family(policy, sampler, for_trees=True)
     check_max_batch(max_batch)
     _check_tree(policy, sampler, tree)
     prompt_ids = _prompts(policy, prompts, sampler, tree)
@@ -72,6 +72,7 @@ def sample_trees(
             num_trees=sum(prompt is not None for prompt in prompt_ids),
             seed=seed,
             progress=progress,
+            grid=policy.family.block_size or 1,
         )
         growing = {
             number: GrowingTree(prompt, sequence_id=ids[number], leaves=width, growth=growth)
@@ -228,10 +229,10 @@ def _longest(sampler: SamplerConfig, tree: TreeConfig) -> int:
 
 def _check_tree(policy: Any, sampler: SamplerConfig, tree: TreeConfig) -> None:
     family = policy.family
-    if family.kind == "full":
+    if family.kind == "block" and tree.segment % family.block_size:
         raise ValueError(
-            f"model family {family.model_type!r} sees the whole sequence, so paths that part share "
-            "no keys: trees grow on causal and block models"
+            f"tree.segment={tree.segment} does not end on the blocks of {family.block_size} tokens "
+            f"of model family {family.model_type!r}; set it to a multiple"
         )
     if not family.eos_ids:
         raise ValueError(

@@ -14,6 +14,8 @@ from torch import Tensor
 from dlm_fast.ops import Rng, TokenStats, unmask_select
 from dlm_fast.rollout.sampler_config import ENTROPY_RULES, SamplerConfig
 
+_LOWEST_ENTROPY_SCORE = -1e4  # below minus the entropy of any vocabulary, and finite
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
@@ -84,4 +86,28 @@ class ConfiguredRule:
             bound=self.config.bound,
             uncertainty=-score_AW if self.config.rule in ENTROPY_RULES else None,
             rng=decision.rng,
+        )
+
+
+def score_of(stats: TokenStats, config: SamplerConfig, eos_ids: Tensor) -> Tensor:
+    """[N], what ranks the drawn tokens: ``rollout.confidence`` and ``forbid_eos_confidence``."""
+    by_entropy = config.confidence == "entropy" or config.rule in ENTROPY_RULES
+    if by_entropy:
+        score_N = -stats.entropy
+    elif config.confidence == "margin":
+        score_N = stats.margin
+    else:
+        score_N = stats.confidence
+    if config.forbid_eos_confidence:
+        is_eos_N = torch.isin(stats.token, eos_ids)
+        score_N = score_N.masked_fill(is_eos_N, _LOWEST_ENTROPY_SCORE if by_entropy else 0.0)
+    return score_N
+
+
+def check_finite(numbers: Tensor) -> None:
+    """Statistics of drawn tokens must be numbers."""
+    if bool(numbers.isnan().any()):
+        raise ValueError(
+            "the network's logits are not finite, so there is no token to draw; check the weights "
+            "and the precision"
         )

@@ -51,7 +51,7 @@ class Windows:
         phase_R = self.prompt_R % config.block_size if on_grid else torch.zeros_like(self.prompt_R)
         self.block_RW = (phase_R[:, None] + torch.arange(width, device=device)) // config.block_size
         self.phase_R, self.cut_ahead = phase_R, on_grid and not look_ahead
-        self.steps_RK = _share_steps(phase_R, config)
+        self.steps_RK = share_steps(phase_R, config)
         self.eos_ids = torch.tensor(list(eos_ids), device=device)
         self.early_stop = config.early_stop and len(eos_ids) > 0
         self.stop_at_eos = config.stop_at_eos and len(eos_ids) > 0
@@ -180,7 +180,7 @@ def _last_column(inside_EW: Tensor) -> Tensor:
     )
 
 
-def _share_steps(phase_R: Tensor, config: SamplerConfig) -> Tensor:
+def share_steps(phase_R: Tensor, config: SamplerConfig) -> Tensor:
     """int64 [R, K], steps of each block: one each, the rest shared out in proportion to the tokens
     beyond the first, rounded so that the sum is right. So one token a step (steps = window) stays
     one token a step in blocks that the prompt or the window's end cuts. Only where such a cut makes
