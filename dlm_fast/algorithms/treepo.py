@@ -167,8 +167,8 @@ class TreePO(Algorithm):
         if family.kind == "full":
             raise ValueError(
                 f"model family {family.model_type!r} attends to the whole sequence, so no two "
-                "rollouts have a state in common; take a causal or block model, or bgpo or tracerl "
-                "for this one"
+                "rollouts have a state in common; take a causal or block model (tiny: "
+                "model_options.kind=causal), or bgpo or tracerl for this one"
             )
         if family.kind == "block" and family.block_size != self.rollout.block_size:
             raise ValueError(

@@ -128,8 +128,9 @@ def _largest_groups(trainer: Trainer, longest: list[int]) -> list[Group]:
                 sequence_ids=list(range(plan.group_size)),
             )
             for number, trajectory in enumerate(trajectories):
-                # different rewards, so that no rollout is left out of the update
-                trajectory.reward, trajectory.sequence_id = float(number % 2), number
+                # different verdicts, so that no rollout is left out of the update
+                trajectory.reward, trajectory.correct = float(number % 2), bool(number % 2)
+                trajectory.sequence_id = number
             groups.append(
                 Group(
                     task_id=index, prompt_ids=prompt_ids, trajectories=trajectories, example=example

@@ -175,3 +175,15 @@ def test_flat_values_gather_and_add_up():
         index = tree.leaf_path[starts[k] : starts[k + 1]]
         expected[index] += w * part.detach().mean().exp() / len(part)
     assert torch.allclose(gradient, expected)
+
+
+def test_logits_of_every_unique_token(policies):
+    """All rows of the pack, prompt included, against those of separate sequences."""
+    made, policy = random_group(12), policies["causal"]
+    forest, (rows,) = packed([made])
+    (tree,) = forest.trees
+    with torch.no_grad():
+        packed_TV = policy.logits(rows.input_ids, rows.visibility, aligned=False)
+        for flat_SV, member in zip(flat_values(tree, packed_TV), made.trajectories, strict=True):
+            alone_SV = policy.logits(member.input_ids[None], aligned=False)[0]
+            assert torch.allclose(flat_SV, alone_SV, atol=1e-10)

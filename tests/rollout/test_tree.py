@@ -9,6 +9,7 @@ from hypothesis.strategies import integers
 from tree_toys import figure_3, group, leaf, random_group, tree_group
 
 from dlm_fast.ops import Visibility
+from dlm_fast.rollout import tree as tree_module
 from dlm_fast.rollout.tree import Forest, PackedTree
 
 
@@ -156,3 +157,9 @@ def test_impossible_splits_are_refused(node, k):
         if node == 99:
             node = tree.num_nodes
         tree.split(node, k)
+
+
+def test_too_many_tokens_are_refused(monkeypatch):
+    monkeypatch.setattr(tree_module, "_INT32", 50)
+    with pytest.raises(ValueError, match="more than row numbers hold"):
+        PackedTree.of(figure_3((20, 20, 20, 20, 20, 20, 20, 20)))
