@@ -9,6 +9,7 @@ from typing import Any
 from dlm_fast.cli.arguments import read_config
 from dlm_fast.config import from_dict
 from dlm_fast.rollout.sampler_config import SamplerConfig
+from dlm_fast.rollout.tree_config import TreeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class ChosenModel:
     """facts that the run had to add to its checkpoint, for ``dlm_fast.load``"""
     rollout: SamplerConfig = field(default_factory=SamplerConfig)
     """how the run sampled"""
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    """how the run's trees grew"""
 
 
 def choose_model(argv: list[str], prog: str) -> tuple[ChosenModel, list[str]]:
@@ -45,6 +48,7 @@ def choose_model(argv: list[str], prog: str) -> tuple[ChosenModel, list[str]]:
         )
     options = read_config(str(folder))
     rollout = from_dict(options.get("rollout") or {}, SamplerConfig, path="rollout")
+    tree = (options.get("algorithm") or {}).get("tree") or {}
     return ChosenModel(
         path=str(model),
         run_dir=folder,
@@ -52,6 +56,7 @@ def choose_model(argv: list[str], prog: str) -> tuple[ChosenModel, list[str]]:
         task_options=options.get("task_options") or {},
         model_options=_facts(options),
         rollout=rollout,
+        tree=from_dict(tree, TreeConfig, path="algorithm.tree"),
     ), rest
 
 

@@ -1,10 +1,11 @@
-"""``dlm-fast sample``: prints completions of a model."""
+"""``dlm-fast sample``: prints completions of a model, or trees of them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,9 @@ import tyro
 from dlm_fast.cli.arguments import parse, take_option
 from dlm_fast.cli.chosen_model import ChosenModel, choose_model
 from dlm_fast.cli.output import write
+from dlm_fast.cli.tree_report import Scorer, write_trees
 from dlm_fast.rollout.sampler_config import SamplerConfig
+from dlm_fast.rollout.tree_config import TreeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +24,8 @@ class SampleOptions:
     """dlm-fast sample MODEL [PROMPT ...]: completions of prompts, or of a task's examples.
 
     MODEL is the directory of a checkpoint, or the folder of a run: its model is taken, and its task
-    and rollout settings are the defaults.
+    and rollout settings are the defaults. --tree draws trees of completions instead:
+    dlm-fast sample MODEL --tree --help.
     """
 
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -64,16 +68,30 @@ class SampleOptions:
                 raise ValueError(f"--{option} must be at least 1, got {getattr(self, name)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TreeOptions(SampleOptions):
+    """dlm-fast sample MODEL --tree [PROMPT ...]: a tree of completions of each prompt.
+
+    Prints each tree and writes it as JSON and as a drawing (HTML). MODEL is the directory of a
+    checkpoint, or the folder of a run, whose settings are the defaults.
+    """
+
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    """how trees grow"""
+    tree_dir: str | None = None
+    """folder for tree_0.json, tree_0.html and so on; none: trees/ in the run's folder, or here"""
+
+
 def run(argv: list[str]) -> int:
     chosen, words = choose_model(argv, "dlm-fast sample")
-    options = _options(chosen, words)
+    wants_trees = "--tree" in words
+    options = _options(chosen, [word for word in words if word != "--tree"], wants_trees)
     prompts = [*options.prompts, *_lines(options.prompt_file)]
     if not prompts and options.task is None:
         raise ValueError('nothing to complete: add prompts, as in "What is 2+2?", or --task')
 
     from dlm_fast import tasks
     from dlm_fast.models.load import load
-    from dlm_fast.rollout import sample
 
     task, examples = None, []
     if not prompts:
@@ -83,6 +101,22 @@ def run(argv: list[str]) -> int:
         examples = [loaded[i] for i in range(min(options.num_examples, len(loaded)))]
         prompts = [task.prompt(example) for example in examples]
     policy = load(chosen.path, dtype=options.dtype, device=options.device, **options.model_options)
+    scores: list[Scorer] | None = None
+    if task is not None:
+        scores = [partial(task.score, example=example) for example in examples]
+    if isinstance(options, TreeOptions):
+        folder = Path(options.tree_dir or (chosen.run_dir or Path()) / "trees")
+        write_trees(policy, prompts, options, scores, folder)
+    else:
+        _write_completions(policy, prompts, options, scores)
+    return 0
+
+
+def _write_completions(
+    policy: Any, prompts: list[str], options: SampleOptions, scores: list[Scorer] | None
+) -> None:
+    from dlm_fast.rollout import sample
+
     encoded = [policy.encode(prompt, chat=options.chat) for prompt in prompts]
     trajectories = sample(
         policy,
@@ -99,29 +133,31 @@ def run(argv: list[str]) -> int:
             "tokens": trajectory.response_length,
             "forwards": trajectory.num_forwards,
         }
-        if task is not None:
-            score = task.score(row["completion"], examples[index])
+        if scores is not None:
+            score = scores[index](row["completion"])
             row |= {"reward": score.reward, "correct": score.correct}
         write(json.dumps(row, ensure_ascii=False) if options.json else _text(row))
-    return 0
 
 
-def _options(chosen: ChosenModel, words: list[str]) -> SampleOptions:
+def _options(chosen: ChosenModel, words: list[str], wants_trees: bool) -> SampleOptions:
     from dlm_fast.tasks.registry import config_type
 
     task = take_option(words, "--task")[0] or chosen.task
     kept = chosen.task_options if task == chosen.task else {}
-    default = SampleOptions(
-        task=task,
-        task_options=kept,
-        rollout=chosen.rollout,
-        model_options=chosen.model_options,
-    )
+    defaults: dict[str, Any] = {
+        "task": task,
+        "task_options": kept,
+        "rollout": chosen.rollout,
+        "model_options": chosen.model_options,
+    }
+    if wants_trees:
+        defaults["tree"] = chosen.tree
+    made = TreeOptions if wants_trees else SampleOptions
     return parse(
-        SampleOptions,
+        made,
         words,
-        prog="dlm-fast sample MODEL",
-        default=default,
+        prog="dlm-fast sample MODEL --tree" if wants_trees else "dlm-fast sample MODEL",
+        default=made(**defaults),
         groups={"task_options": config_type(task)} if task else {},
     )
 
