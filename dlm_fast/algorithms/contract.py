@@ -66,6 +66,8 @@ class SamplingPlan:
     """replaces ``dlm_fast.sample`` (trees, expert rows); called as rollout(policy, prompts,
     sampler, seed=..., sequence_ids=...) with one entry per rollout, returns as many trajectories,
     unscored"""
+    traces: bool = False
+    """groups carry the task's trace of a right completion (``Group.trace``)"""
     fill_to: int = 0
     """demonstrations only: tokens up to which a shorter one is filled with EOS; by default one EOS
     ends it if it is shorter than ``rollout.max_new_tokens``"""

@@ -5,6 +5,7 @@ T packed rows, N selected rows, V vocabulary, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -105,6 +106,8 @@ def _stats(hidden_TD: Tensor, weight_VD: Tensor, request: StatsRequest) -> Token
 
 def _score(hidden_TD: Tensor, weight_VD: Tensor, request: ScoreRequest) -> ScoreOutput:
     device = hidden_TD.device
+    if request.targets.dim() == 2:
+        return _score_several(hidden_TD, weight_VD, request)
     targets_N = request.targets.to(device)
     options = _options(request, device)
     if request.weights is None:
@@ -113,3 +116,35 @@ def _score(hidden_TD: Tensor, weight_VD: Tensor, request: ScoreRequest) -> Score
     weights_N = request.weights.to(device)
     weighted = weighted_logprob(hidden_TD, weight_VD, targets_N, weights_N, **options)
     return ScoreOutput(weighted.logprob, None, None, weighted.objective)
+
+
+def _score_several(hidden_TD: Tensor, weight_VD: Tensor, request: ScoreRequest) -> ScoreOutput:
+    """One sweep over the vocabulary for each row, and the logits of its targets by themselves."""
+    if request.targets.shape[1] == 0:
+        raise ValueError("targets [N, 0] asks for no token; give each row at least one")
+    if request.weights is not None:
+        raise ValueError(
+            "weights are not for rows with several targets; leave them out and weigh logprob"
+        )
+    device = hidden_TD.device
+    targets_NG, options = request.targets.to(device), _options(request, device)
+    _check_allowed(targets_NG, request.forbid_ids)
+    score = token_logprob(hidden_TD, weight_VD, targets_NG.max(1).values, **options)
+    wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
+    hidden_ND = hidden_TD.index_select(0, options["rows"].long()).to(wide)
+    chosen_NGD = F.embedding(targets_NG.clamp(min=0), weight_VD).to(wide)
+    logit_NG = torch.bmm(chosen_NGD, hidden_ND[:, :, None])[:, :, 0]
+    logprob_NG = logit_NG / request.temperature - score.lse[:, None]
+    logprob_NG = logprob_NG.masked_fill(targets_NG < 0, 0.0)
+    return ScoreOutput(logprob_NG, score.lse, score.entropy, None)
+
+
+def _check_allowed(targets_NG: Tensor, forbid_ids: Sequence[int]) -> None:
+    if targets_NG.device.type != "cpu":
+        return  # reading values elsewhere would wait for the device
+    forbidden = torch.isin(targets_NG, torch.tensor(list(forbid_ids), dtype=torch.int64))
+    if bool(forbidden.any()):
+        row, member = forbidden.nonzero()[0].tolist()
+        raise ValueError(
+            f"targets[{row}, {member}] = {int(targets_NG[row, member])} is one of forbid_ids"
+        )

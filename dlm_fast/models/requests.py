@@ -21,7 +21,8 @@ class ScoreRequest:
     rows: Tensor
     """int32 [N], predicting rows of the flattened input (``Policy.predicting_rows``)"""
     targets: Tensor
-    """int64 [N], -100 leaves a row out"""
+    """int64 [N], -100 leaves a row out; [N, G]: several tokens of each row, which share one sweep
+    over the vocabulary"""
     weights: Tensor | None = None
     """[N], constants: ask for sum(weights * logprob) alone, whose gradient costs no second pass"""
     temperature: float = 1.0
@@ -37,7 +38,7 @@ class ScoreOutput(NamedTuple):
     """A tuple, because data-parallel wrappers look for tensors in tuples only."""
 
     logprob: Tensor
-    """[N]; detached when weights were given"""
+    """[N] or [N, G] like the targets; detached when weights were given"""
     lse: Tensor | None
     """[N]; None when weights were given"""
     entropy: Tensor | None

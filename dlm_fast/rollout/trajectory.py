@@ -87,7 +87,9 @@ class Group:
     """int64 [P]"""
     trajectories: list[Trajectory]
     example: dict[str, Any] = field(default_factory=dict)
-    """the task's example, for algorithms that use its trace or solution"""
+    """the task's example"""
+    trace: str = ""
+    """the beginning of a right completion, where the plan asked for it and the task has one"""
 
     @property
     def rewards(self) -> Tensor:

@@ -183,6 +183,30 @@ def normal_text(tree: ast.expr) -> str:
     return written(_tree_of(tree))
 
 
+def steps_of(tree: ast.expr) -> list[str]:
+    """The sums of a checked expression, inner ones first, each with its value.
+
+    >>> steps_of(parse("(1 + 2) * 3 - 4 / 8"))
+    ['1 + 2 = 3', '3 * 3 = 9', '4 / 8 = 1/2', '9 - 1/2 = 17/2']
+    """
+    steps: list[str] = []
+
+    def value(node: Tree) -> Fraction | None:
+        if isinstance(node, int):
+            return Fraction(node)
+        operator, left, right = node
+        sides = value(left), value(right)
+        if sides[0] is None or sides[1] is None:
+            return None
+        result = apply(operator, sides[0], sides[1])
+        if result is not None:
+            steps.append(f"{sides[0]} {operator} {sides[1]} = {result}")
+        return result
+
+    value(_tree_of(tree))
+    return steps
+
+
 def _tree_of(node: ast.expr) -> Tree:
     if isinstance(node, ast.Constant):
         return int(node.value)  # type: ignore[arg-type]

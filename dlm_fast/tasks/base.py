@@ -27,7 +27,8 @@ class Task(Protocol):
 
     With an attribute `thread_safe = True` a task says that it may score in several threads at once.
     A method `example(row)`, from a table's `Row` to an example, lets files of answers carry their
-    own examples.
+    own examples. A method `trace(example)` gives the beginning of a right completion, of which
+    rollouts may be given pieces; without it they are pieces of the demonstration.
     """
 
     @property

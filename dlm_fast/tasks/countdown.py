@@ -154,6 +154,17 @@ class Countdown:
         trace = example.get("trace") or f"{expression} = {target}"
         return DEMONSTRATIONS[self.config.template].format(trace=trace, expression=expression)
 
+    def trace(self, example: Example) -> str:
+        """How a right completion may begin: the example's own reasoning, or its sums one by one."""
+        numbers, target = _fields(example)
+        expression = arithmetic.find_expression(numbers, target)
+        if expression is None:
+            raise ValueError(f"no expression over {list(numbers)} equals {target}: not solvable")
+        if self.config.template == "plain":
+            return expression
+        words = "\n".join(arithmetic.steps_of(arithmetic.parse(expression)))
+        return f"<reasoning>\n{example.get('trace') or words}\n</reasoning>\n"
+
     def score(self, completion: str, example: Example) -> Score:
         """1 for a right expression in the answer, `wrong_reward` for another answer, else 0."""
         numbers, target = _fields(example)

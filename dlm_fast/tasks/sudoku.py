@@ -196,6 +196,16 @@ class Sudoku:
             )
         return self._answer(example, solution)
 
+    def trace(self, example: Example) -> str:
+        """How a right completion may begin: the example's own reasoning, or the rows one by one."""
+        _, solution = _fields(example, self.config.size)
+        if self.config.template == "plain":
+            return solution
+        size = self.config.size
+        rows = (solution[at : at + size] for at in range(0, len(solution), size))
+        words = "\n".join(f"row {number}: {row}" for number, row in enumerate(rows, 1))
+        return f"<reasoning>\n{example.get('trace') or words}\n</reasoning>\n"
+
     def score(self, completion: str, example: Example) -> Score:
         """Fraction of the empty cells as listed, and whether the whole grid solves the puzzle."""
         puzzle, solution = _fields(example, self.config.size)

@@ -88,6 +88,7 @@ class Collector:
                 prompt_ids=self._encode(prompt.example),
                 trajectories=[],
                 example=prompt.example,
+                trace=self._trace(prompt.example) if self._plan.traces else "",
             )
             self._index[id(group)] = prompt.index
             groups.append(group)
@@ -114,6 +115,12 @@ class Collector:
         lists = [[next(made) for _ in rows] for rows in rows_of]
         self.resampled += sum(map(len, lists))
         return lists
+
+    def _trace(self, example: dict[str, Any]) -> str:
+        try:
+            return str(getattr(self._task, "trace", self._task.demonstration)(example))
+        except ValueError:  # the example has no solution
+            return ""
 
     def _rows(
         self,
