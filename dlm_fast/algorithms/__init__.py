@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dlm_fast.algorithms import bgpo, grpo, sft, tracerl, treepo
+from dlm_fast.algorithms import bgpo, grpo, igpo, sft, tracerl, treepo
 from dlm_fast.algorithms.contract import Algorithm
 
 ALGORITHMS: dict[str, tuple[type, type[Algorithm]]] = {
     "bgpo": (bgpo.Config, bgpo.BGPO),
+    "igpo": (igpo.Config, igpo.IGPO),
     "tracerl": (tracerl.Config, tracerl.TraceRL),
     "treepo": (treepo.Config, treepo.TreePO),
     "grpo": (grpo.Config, treepo.TreePO),
