@@ -27,6 +27,8 @@ class Inpainting:
                 f"rollout.max_new_tokens={window}; lower it"
             )
         self.options, self.window, self.mask_id, self.seed = options, window, mask_id, seed
+        self.never_drawn: tuple[int, ...] = ()
+        """ids that no rollout may hold"""
         self.rules = HintRules(
             window=window,
             tail=options.tail,
@@ -90,7 +92,7 @@ class Inpainting:
             return None, 0, was_cut
         ids = policy.encode(text, chat=False)
         family = policy.family
-        special = {family.mask_id, family.pad_id, *family.eos_ids} - {None}
+        special = {family.mask_id, family.pad_id, *family.eos_ids, *self.never_drawn} - {None}
         plain = ids[~torch.isin(ids, torch.tensor(sorted(special)))]
         return (plain if plain.numel() else None), ids.numel() - plain.numel(), was_cut
 

@@ -111,7 +111,7 @@ def test_the_shared_forward_equals_one_for_each_rollout(shift, options):
     made, _ = context(algorithm, policy)
     start = copy.deepcopy(policy)
     groups = rollouts(policy)
-    (windows,) = algorithm.prepare(groups, made)
+    ((windows,),) = algorithm.prepare(groups, made)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape).double())
@@ -132,7 +132,7 @@ def test_the_shared_forward_equals_one_for_each_rollout(shift, options):
     # prompts by themselves add up to the same loss
     apart = build(policy, kl_weight=0.3, prompts_per_forward=1, **options)
     again, _ = context(apart, start)
-    (two,) = apart.prepare(groups, again)
+    ((two,),) = apart.prepare(groups, again)
     assert len(two) == 2
     apart._policy = policy
     both = sum(apart.loss(micro, policy)[0] for micro in two)
@@ -143,17 +143,17 @@ def test_what_enters_the_loss():
     policy = tiny()
     algorithm = build(policy)
     made, _ = context(algorithm, policy)
-    ((one,),) = algorithm.prepare(rollouts(policy), made)
+    (((one,),),) = algorithm.prepare(rollouts(policy), made)
     # up to the first end of text; of seven hint tokens one, of the largest entropy
     assert one.keep.sum(1).tolist() == [9 - 7 + 1, 10 - 7 + 1, 11, 12, 9, 10, 11, 12]
     row = policy.predicting_rows(one.masked.rows, one.masked.visibility)
-    assert made.metrics["igpo/hint_tokens_kept"] == (2.0, 2.0)
+    assert made.metrics["policy/hint_tokens"] == (2.0, 2.0)
     entropy = one.masked.score(policy).entropy.view(2, 12)[0, 2:9]
     kept = (one.keep & one.hint)[0, 2:9].nonzero()[0, 0].item()
     assert kept == entropy.argmax().item() and row.numel() == 24
     algorithm = build(policy, scored_tokens="all", hint_keep=1.0)
     made, _ = context(algorithm, policy)
-    ((everything,),) = algorithm.prepare(rollouts(policy), made)
+    (((everything,),),) = algorithm.prepare(rollouts(policy), made)
     assert everything.keep.all()
 
 
@@ -169,8 +169,8 @@ def test_rows_that_are_not_finite_leave_the_loss():
         return output
 
     made.score = broken
-    ((one,),) = algorithm.prepare(rollouts(policy), made)
-    assert made.metrics["igpo/not_finite"] == (1.0, 8.0) and not one.keep[1].any()
+    (((one,),),) = algorithm.prepare(rollouts(policy), made)
+    assert made.metrics["policy/not_finite"] == (1.0, 8.0) and not one.keep[1].any()
     loss, _ = algorithm.loss(one, policy)
     assert loss.isfinite()
 
