@@ -14,15 +14,7 @@ from dlm_fast.config import from_dict, suggest, to_yaml
 if TYPE_CHECKING:
     from dlm_fast.training.run_config import RunConfig
 
-PLANNED = (
-    "igpo",
-    "tracerl",
-    "treepo",
-    "unmasking-policy",
-    "grpo",
-    "diffu-grpo",
-    "coupled-grpo",
-)
+PLANNED = ("unmasking-policy",)
 
 HELP = """A tiny model learns 4x4 Sudoku on a CPU: supervised warm start, then BGPO.
 

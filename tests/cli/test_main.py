@@ -108,8 +108,8 @@ def test_unknown_option_meets_a_suggestion(words, suggestion, capsys):
     [
         (["train", "bgop"], "unknown algorithm 'bgop'; did you mean bgpo?"),
         (
-            ["train", "igpo"],
-            "igpo is not in this version yet; it has bgpo, tracerl, treepo, grpo, sft",
+            ["train", "unmasking-policy"],
+            "unmasking-policy is not in this version yet; it has bgpo, coupled-grpo, diffu-grpo",
         ),
         (["train", "bgpo", "--task", "sudko"], "unknown task 'sudko'; did you mean sudoku?"),
         (["train", "bgpo", "--task", "chess"], "unknown task 'chess'; there are sudoku"),
