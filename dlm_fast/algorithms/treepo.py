@@ -56,7 +56,7 @@ from dlm_fast.algorithms.tree_tokens import (
     tree_tokens,
 )
 from dlm_fast.rollout.sampler_config import SamplerConfig
-from dlm_fast.rollout.trajectory import Group, Trajectory
+from dlm_fast.rollout.trajectory import Group, Trajectory, trajectories_of
 from dlm_fast.rollout.tree import Forest, PackedTree
 from dlm_fast.rollout.tree_config import TreeConfig
 from dlm_fast.rollout.tree_sampler import rollout_trees
@@ -130,6 +130,7 @@ class TreePO(Algorithm):
         self._policy: Any = None
         self._forbid_ids: tuple[int, ...] = ()
         self._gen_batches = 1
+        self._replaced = 0
         self._skipped = 0
 
     def loss(self, micro: TreeTokens, forward: Callable[..., Any]) -> tuple[Tensor, Metrics]:
@@ -194,7 +195,7 @@ class TreePO(Algorithm):
 
     def refine(self, groups: list[Group], resample: Resample) -> list[Group]:
         """Prompts whose rollouts are all alike get fresh ones, ``max_gen_batches`` in all."""
-        self._gen_batches = 1
+        self._gen_batches, self._replaced = 1, 0
         while self._gen_batches < self.config.max_gen_batches:
             alike = [group for group in groups if self._is_rejected(group)]
             if not alike:
@@ -202,17 +203,21 @@ class TreePO(Algorithm):
             count = self.config.group_size
             requests = [ResampleRequest(group=group, count=count) for group in alike]
             for group, made in zip(alike, resample(requests), strict=True):
+                self._replaced += PackedTree.of(group).response_tokens
                 group.trajectories = made
             self._gen_batches += 1
         return groups
 
     def prepare(self, groups: list[Group], context: Context) -> list[list[TreeTokens]]:
         """Forward passes of each optimizer step of an epoch."""
-        kept = [group for group in groups if not self._is_rejected(group)]
-        rejected = float(len(groups) - len(kept))
-        trees = [PackedTree.of(group) for group in kept]
+        made = [(group, PackedTree.of(group)) for group in groups]
+        chosen = [(group, tree) for group, tree in made if not self._is_rejected(group)]
+        kept, trees = [group for group, _ in chosen], [tree for _, tree in chosen]
+        count = float(len(groups))
+        decoded = float(self._replaced + sum(tree.response_tokens for _, tree in made))
         context.metrics |= {
-            "tree/rejected": (rejected, float(len(groups))),
+            "tree/rejected": (count - len(kept), count),
+            "tree/decoded_tokens": (decoded, count),
             "tree/gen_batches": float(self._gen_batches),
             **tree_metrics(trees, kept, self.config.max_depth),
         }
@@ -228,7 +233,7 @@ class TreePO(Algorithm):
         counts_N = target_counts(forest, tokens)
         advantage_Q = tree_advantages(
             forest,
-            torch.tensor([self._reward(t) for g in kept for t in g.trajectories]),
+            torch.tensor([self._reward(t) for t in trajectories_of(kept)], dtype=torch.float64),
             self.config,
             counts_N[forest.pairs[1]],
             context.global_sum,
@@ -243,11 +248,9 @@ class TreePO(Algorithm):
             ]
             # pairs of chosen trees come in the order that their own forest has
             own_Q = advantage_Q[torch.isin(tree_Q, torch.tensor(members, dtype=torch.int64))]
-            chosen = [tokens[k] for k in members]
+            own = Forest.of([trees[k] for k in members])
             moved = update > 0 or self.config.epochs > 1
-            steps.append(
-                self._step(Forest.of([trees[k] for k in members]), chosen, own_Q, moved, context)
-            )
+            steps.append(self._step(own, [tokens[k] for k in members], own_Q, moved, context))
         rows = float(sum(one.rows.input_ids.numel() for step in steps for one in step))
         context.metrics["tree/rows"] = (rows, float(len(kept)))
         return steps

@@ -92,6 +92,11 @@ class PackedTree:
     def prompt_length(self) -> int:
         return int(self.tok_off[1])
 
+    @property
+    def response_tokens(self) -> int:
+        """Unique tokens behind the prompt."""
+        return self.num_tokens - self.prompt_length
+
     @cached_property
     def lengths(self) -> Tensor:
         """[N], tokens of each node."""

@@ -79,6 +79,9 @@ def test_rejected_prompts_get_fresh_trees(policy):
     algorithm.prepare(refined, made)
     assert made.metrics["tree/gen_batches"] == 3
     assert made.metrics["tree/rejected"] == (0.0, 2.0)
+    unique = PackedTree.of(figure_3()).num_tokens - 3
+    # two batches of four leaves of two tokens were replaced
+    assert made.metrics["tree/decoded_tokens"] == (2 * 8 + 2 * unique, 2)
 
 
 def test_nothing_is_asked_for_without_need(policy):
