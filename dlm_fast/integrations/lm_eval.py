@@ -79,6 +79,7 @@ class DlmFastLM(TemplateLM):
             steps=window if steps is None else steps,
             rule=rule,  # type: ignore[arg-type]
             bound=bound,
+            cache="tree" if family.kind == "causal" else "none",
         )
         self.check_greedy = check_greedy
         self.seed = seed
@@ -215,11 +216,6 @@ class DlmFastLM(TemplateLM):
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Completions up to the first of a task's stop texts."""
-        if self.policy.family.kind == "causal":
-            raise ValueError(
-                f"{self._pretrained} is autoregressive: generations come from the denoising loop; "
-                "take the harness's own model hf for it"
-            )
         answers: list[str] = [""] * len(requests)
         by_settings: dict[SamplerConfig, list[int]] = {}
         for index, request in enumerate(requests):

@@ -165,13 +165,13 @@ class BlockRows(PoolRows):
         lse_TH = q_THd.new_empty(q_THd.shape[:2], dtype=wide)
         group = q_THd.shape[1] // k_TGd.shape[1]
         for rows_an in self._buckets:
-            query_anHd = q_THd[rows_an].to(wide)
-            key_anHd = k_TGd[rows_an].to(wide).repeat_interleave(group, 2)
-            value_anHd = v_TGd[rows_an].to(wide).repeat_interleave(group, 2)
-            score_aHnn = torch.einsum("aihd,ajhd->ahij", query_anHd, key_anHd) * scale
-            lse_TH[rows_an] = score_aHnn.logsumexp(-1).transpose(1, 2)
-            attended = torch.einsum("ahij,ajhd->aihd", score_aHnn.softmax(-1), value_anHd)
-            out_THd[rows_an] = attended.to(out_THd.dtype)
+            query, key, value = (x[rows_an].to(wide).transpose(1, 2) for x in (q_THd, k_TGd, v_TGd))
+            key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+            score_aHnn = query @ key.transpose(2, 3) * scale
+            lse_aHn1 = score_aHnn.logsumexp(-1, keepdim=True)
+            lse_TH[rows_an] = lse_aHn1[..., 0].transpose(1, 2)
+            out_aHnd = (score_aHnn - lse_aHn1).exp() @ value
+            out_THd[rows_an] = out_aHnd.transpose(1, 2).to(out_THd.dtype)
         return AttentionState(out_THd, lse_TH)
 
     @cached_property

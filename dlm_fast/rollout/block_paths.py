@@ -27,25 +27,24 @@ from dlm_fast.rollout.window import share_steps
 
 @dataclass(kw_only=True, eq=False)
 class OpenBlock:
-    """The block that a path is denoising: tensors over its positions."""
+    """The block that a path is denoising: lists over its positions."""
 
     start: int
     """position of its first token, on the grid; the end of the prompt may lie inside"""
-    ids: Tensor
-    """int64, the mask id where masked"""
-    is_masked: Tensor
-    """bool"""
+    ids: list[int]
+    """the mask id where masked"""
+    is_masked: list[bool]
     steps: int
     """steps that its schedule has"""
     num_masked: int
     """masks that it began with"""
-    num_given: int
-    """tokens of the prompt that it begins with"""
+    num_left: int
+    """masks that it still has"""
     step: int = 0
     """forwards so far"""
-    step_map: Tensor
-    logprob: Tensor
-    confidence: Tensor
+    step_map: list[int]
+    logprobs: list[float]
+    confidences: list[float]
 
 
 Opened = tuple[PathNode, OpenBlock]
@@ -74,14 +73,18 @@ class BlockPaths:
             if node not in self._blocks:
                 self._blocks[node] = self._begin(node)
         blocks = [self._blocks[node] for node in nodes]
-        masked_An = torch.nn.utils.rnn.pad_sequence([b.is_masked for b in blocks], True)
+        width = max(len(block.ids) for block in blocks)
+        masked_An = torch.tensor(
+            [block.is_masked + [False] * (width - len(block.ids)) for block in blocks]
+        )
         row_N, column_N = masked_An.nonzero(as_tuple=True)
         start_A = torch.tensor([block.start for block in blocks])
         step_A = torch.tensor([node.step for node in nodes], dtype=torch.int32)
         draw = self._drawing.options(
             [nodes[row] for row in row_N.tolist()], start_A[row_N] + column_N, step_A[row_N]
         )
-        stats = self._statistics(list(zip(nodes, blocks, strict=True)), (row_N, column_N), draw)
+        opened = list(zip(nodes, blocks, strict=True))
+        stats = self._statistics(opened, (row_N, column_N), draw)
         stats = TokenStats(*(values.cpu() for values in stats))
         score_N = score_of(stats, self._drawing.sampler, self._eos_ids)
         decision = Decision(
@@ -99,7 +102,8 @@ class BlockPaths:
         )
         chosen_K = self._rule(decision)[row_N, column_N].nonzero()[:, 0]
         check_finite(score_N[chosen_K])
-        self._reveal(nodes, blocks, row_N[chosen_K], column_N[chosen_K], stats, score_N, chosen_K)
+        drawn_K = (stats.token[chosen_K], stats.logprob[chosen_K], score_N[chosen_K])
+        self._reveal(opened, (row_N[chosen_K], column_N[chosen_K]), drawn_K)
 
     def finish(self, node: PathNode) -> None:
         """Nothing is kept."""
@@ -120,9 +124,9 @@ class BlockPaths:
         """Draws at positions ``at_N`` (path, place in its block) of the blocks."""
         ids, lengths = [], []
         for node, block in opened:
-            ids += node.path_tokens()[: block.start] + block.ids.tolist()
-            lengths.append(block.start + block.ids.numel())
-        size_A = torch.tensor([block.ids.numel() for _, block in opened])
+            ids += node.path_tokens()[: block.start] + block.ids
+            lengths.append(block.start + len(block.ids))
+        size_A = torch.tensor([len(block.ids) for _, block in opened])
         begin_A = torch.tensor(lengths).cumsum(0) - size_A
         self.tokens_forwarded += len(ids)
         return self._forward(
@@ -144,52 +148,49 @@ class BlockPaths:
             steps_RK = share_steps(torch.tensor([phase]), self._drawing.sampler)
             self._steps[phase] = steps_RK[0].tolist()
         number = (start - root.stop + phase) // self._size
+        size = stop - start
         return OpenBlock(
             start=start,
-            ids=torch.tensor(given + [self._mask_id] * num_masked),
-            is_masked=torch.arange(stop - start) >= len(given),
+            ids=given + [self._mask_id] * num_masked,
+            is_masked=[False] * len(given) + [True] * num_masked,
             steps=self._steps[phase][number],
             num_masked=num_masked,
-            num_given=len(given),
-            step_map=torch.zeros(stop - start, dtype=torch.int32),
-            logprob=torch.zeros(stop - start),
-            confidence=torch.zeros(stop - start),
+            num_left=num_masked,
+            step_map=[0] * size,
+            logprobs=[0.0] * size,
+            confidences=[0.0] * size,
         )
 
     def _reveal(
-        self,
-        nodes: Sequence[PathNode],
-        blocks: Sequence[OpenBlock],
-        row_K: Tensor,
-        column_K: Tensor,
-        stats: TokenStats,
-        score_N: Tensor,
-        chosen_K: Tensor,
+        self, opened: Sequence[Opened], at_K: tuple[Tensor, Tensor], drawn_K: tuple[Tensor, ...]
     ) -> None:
-        for place, (node, block) in enumerate(zip(nodes, blocks, strict=True)):
+        """Writes tokens, log-probabilities and confidences at positions ``at_K``; closes blocks
+        without a mask."""
+        for node, block in opened:
             node.step += 1
             block.step += 1
-            mine = row_K == place
-            column, chosen = column_K[mine], chosen_K[mine]
-            block.ids[column] = stats.token[chosen]
-            block.is_masked[column] = False
-            block.step_map[column] = node.step
-            block.logprob[column] = stats.logprob[chosen].float()
-            block.confidence[column] = score_N[chosen].float()
-            if not bool(block.is_masked.any()):
+        columns = (values.tolist() for values in (*at_K, *drawn_K))
+        for row, place, token, logprob, confidence in zip(*columns, strict=True):
+            node, block = opened[row]
+            block.ids[place], block.is_masked[place] = token, False
+            block.step_map[place] = node.step
+            block.logprobs[place], block.confidences[place] = logprob, confidence
+            block.num_left -= 1
+        for node, block in opened:
+            if not block.num_left:
                 self._close(node, self._blocks.pop(node))
 
     def _close(self, node: PathNode, block: OpenBlock) -> None:
         """The block's tokens join the path; behind an end-of-text token they are its tail."""
-        new = slice(block.num_given, None)
-        ids = block.ids[new].tolist()
+        new = slice(len(block.ids) - block.num_masked, None)
+        ids = block.ids[new]
         stops = [place for place, token in enumerate(ids) if token in self._drawing.eos_ids]
         count = stops[0] + 1 if stops else len(ids)
         for name, values in (
             ("tokens", ids),
-            ("logprobs", block.logprob[new].tolist()),
-            ("confidences", block.confidence[new].tolist()),
-            ("steps", block.step_map[new].tolist()),
+            ("logprobs", block.logprobs[new]),
+            ("confidences", block.confidences[new]),
+            ("steps", block.step_map[new]),
         ):
             getattr(node, name).extend(values[:count])
             tail = "tail" if name == "tokens" else f"tail_{name}"

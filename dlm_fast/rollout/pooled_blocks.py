@@ -89,14 +89,15 @@ class PooledBlocks(PoolKeeper, BlockPaths):
     def _statistics(
         self, opened: Sequence[Opened], at_N: tuple[Tensor, Tensor], draw: dict[str, Any]
     ) -> TokenStats:
-        count_A = torch.tensor([block.ids.numel() for _, block in opened])
+        count_A = torch.tensor([len(block.ids) for _, block in opened])
         rows = BlockRows.of(
             self.pool,
             [self._source(node).handle for node, _ in opened],
             count_A.tolist(),
             query_heads=self._query_heads,
         )
-        ids_T = torch.cat([block.ids for _, block in opened]).to(self._device)
+        ids = [token for _, block in opened for token in block.ids]
+        ids_T = torch.tensor(ids, device=self._device)
         self.tokens_forwarded += ids_T.numel()
         rows_N = (count_A.cumsum(0) - count_A)[at_N[0]] + at_N[1]
         return self._forward(ids_T, rows, rows=rows_N.to(self._device, torch.int32), **draw)

@@ -331,3 +331,14 @@ def test_paths_must_fit_the_model() -> None:
 def test_models_without_an_end_of_text_token_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no end-of-text token.*eos_ids="):
         grow(ScriptedPolicy(ends_with_chance(0.1), eos_ids=()), TreeConfig(**SMALL))
+
+
+def test_logits_that_are_no_numbers_are_an_error() -> None:
+    policy = ScriptedPolicy(ends_with_chance(0.1))
+    stats = policy.stats
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        return stats(*arguments, **options)._replace(logprob=torch.full((2,), torch.nan))
+
+    with pytest.raises(ValueError, match="logits are not finite"):
+        grow(policy, TreeConfig(**SMALL), forward=broken)
