@@ -96,7 +96,6 @@ def tree_tokens(rows: TreeRows, forest: Forest, weights: NodeWeights) -> TreeTok
     """Of one forward pass, on its device; the divisor is this rank's until it is set."""
     token_U = rows.token.cpu()
     node_U = forest.node_of_token[token_U]
-    recorded = torch.cat([tree.logp for tree in forest.trees]).double()
     device = rows.token.device
     return TreeTokens(
         rows=rows,
@@ -104,7 +103,7 @@ def tree_tokens(rows: TreeRows, forest: Forest, weights: NodeWeights) -> TreeTok
         minus=weights.minus_N[node_U].to(device),
         share=weights.share_N[node_U].to(device),
         divisor=weights.divisor,
-        rollout=recorded[token_U].to(device),
+        rollout=forest.logp[token_U].double().to(device),
     )
 
 

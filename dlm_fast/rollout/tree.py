@@ -378,6 +378,11 @@ class Forest:
         return torch.cat([empty, *leaves]), torch.cat([empty, *nodes])
 
     @cached_property
+    def logp(self) -> Tensor:
+        """float32 [U], as recorded."""
+        return torch.cat([torch.zeros(0), *(tree.logp for tree in self.trees)])
+
+    @cached_property
     def node_of_token(self) -> Tensor:
         """[U]"""
         return torch.arange(self.num_nodes).repeat_interleave(self.lengths)
