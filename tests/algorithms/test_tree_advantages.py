@@ -160,12 +160,8 @@ def test_shift_scale_and_order(seed, estimator):
     assert by_node(made, made.rewards) == pytest.approx(plain, abs=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
-@given(seed=integers(0, 10**6))
-def test_terms_of_a_group_cancel(seed):
-    """With equal numbers of terms per leaf, advantages of every group of a full tree add up to 0
-    but for the groups above it; here: over the whole tree."""
-    branching = [1 + (seed >> (2 * k)) % 3 for k in range(3)]
+def full_tree(branching, seed):
+    """A tree whose nodes of one depth have as many children; leaves with rewards in 0..1."""
     parents, level = [], [-1]
     for width in branching:
         children = []
@@ -175,12 +171,36 @@ def test_terms_of_a_group_cancel(seed):
                 children.append(len(parents) - 1)
         level = children
     draws = torch.rand(len(level), generator=torch.Generator().manual_seed(seed)).tolist()
-    made = tree_group(parents, [[10]] * len(parents), level, draws)
+    return tree_group(parents, [[10]] * len(parents), level, draws)
+
+
+@pytest.mark.parametrize("branching", [(2, 2, 3), (3, 2, 2), (2, 4, 1), (5,)])
+def test_terms_of_a_group_cancel(branching):
+    """A_ij adds up to 0 over every group. Terms are differences of sums up to depth j."""
+    made = full_tree(branching, seed=sum(branching))
+    forest = forest_of(made)
+    tree = forest.trees[0]
+    before = torch.zeros(tree.num_leaves, dtype=torch.float64)
+    for j in range(len(branching)):
+        options = AdvantageOptions(whiten="none", max_group_depth=j + 1)
+        advantage = of_leaves(forest, tree_advantages(forest, made.rewards, options))
+        kept = j + 1 if branching != (2, 4, 1) else min(j + 1, 2)  # the last one is a leaf's own
+        term, before = kept * advantage - before, kept * advantage
+        for node in (tree.depth == j).nonzero()[:, 0].tolist():
+            leaves = [i for i, path in enumerate(tree.paths) if node in path]
+            assert float(term[leaves].sum()) == pytest.approx(0, abs=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=integers(0, 10**6))
+def test_advantages_of_full_trees_cancel(seed):
+    """Where all leaves have as many terms."""
+    made = full_tree([1 + (seed >> (2 * k)) % 3 for k in range(3)], seed)
     forest = forest_of(made)
     for estimator in ("mean", "size", "rfpp", "rloo", "no_root"):
         options = AdvantageOptions(estimator=estimator, whiten="none")
         found = of_leaves(forest, tree_advantages(forest, made.rewards, options))
-        if len(level) > 1:
+        if forest.num_leaves > 1:
             assert float(found.sum()) == pytest.approx(0, abs=1e-9)
 
 
