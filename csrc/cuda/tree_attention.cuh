@@ -77,7 +77,6 @@ struct TreeBlock {
       start(mine, lines);
       for (int key = 0; key < item.num_keys; key += kTreeKeys) {
         const int count = smaller_of(kTreeKeys, item.num_keys - key);
-        sync_block();  // all are through with the tile before
         load_tile(key, count);
         if (mine >= lines) continue;
         add_scores(key, count);
@@ -111,7 +110,6 @@ struct TreeBlock {
       for (int d = lane; d < kWidth; d += static_cast<int>(kWarp))
         to[d] = inside && d < params.width ? load_number(from + d) * params.scale : 0.0f;
     }
-    sync_warp();
   }
 
   // Where key `number` of the item lies, by bisection over the starts of its pieces.
@@ -133,7 +131,7 @@ struct TreeBlock {
 
   DLM_DEVICE void load_tile(int key, int count) {
     if (warp == 0 && lane < count) shared.offsets[lane] = offset_of(key + lane);
-    sync_block();
+    sync_block();  // and all are through with the queries, or the tile before
     const int chunks = count * Shared::kRowChunks;
     for (int i = static_cast<int>(thread_index()); i < 2 * chunks;
          i += static_cast<int>(thread_count())) {
@@ -172,7 +170,7 @@ struct TreeBlock {
     }
     DLM_UNROLL
     for (int i = 0; i < kTreeWarpLines; ++i) {
-      const bool sees = lane < count && key + lane < seen[i];
+      const bool sees = key + lane < seen[i];
       const float mine = sees ? score[i] : -infinity();
       float highest = mine;
       for (unsigned mask = 1; mask < kWarp; mask *= 2)
@@ -209,7 +207,6 @@ struct TreeBlock {
         for (int c = 0; c < kColumns; ++c) out[i][c] = multiply_add(weight, numbers[c], out[i][c]);
       }
     }
-    sync_warp();  // the weights are read before the next tile's are written
   }
 
   DLM_DEVICE void finish(int first, int lines) const {
