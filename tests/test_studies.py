@@ -15,6 +15,8 @@ RESULTS = ROOT / "benches" / "results"
 LEAST_RISE = 0.35
 """of solved boards on held-out grids, each seed"""
 LARGEST_CONTROL_RISE = 0.05
+LEAST_TRACE_RISE = 0.2
+"""of solved boards, TraceRL with and without a value model, each seed"""
 
 
 def load_study(name: str) -> ModuleType:
@@ -65,6 +67,24 @@ def check_report(found: dict) -> None:
                 assert row["ratio"][0] == pytest.approx(math.exp(statistics.fmean(logs)))
 
 
+def check_tracerl_estimators(found: dict, study: ModuleType) -> None:
+    results = found["results"]
+    assert [result["seed"] for result in results] == [0, 1, 2]
+    for arms in (result["arms"] for result in results):
+        assert list(arms) == list(study.ARMS)
+        trace = arms["trace"]
+        for name, one in arms.items():
+            assert one["curve"][0] == trace["curve"][0], "the same warm start"
+            policy_steps = one["updates"] // (2 if "value" in name else 1)
+            assert policy_steps == trace["updates"] == found["options"]["steps"]
+            for count in study.COUNTED:  # equal compute
+                assert one["counts"][count] == pytest.approx(trace["counts"][count], rel=0.15)
+        for name in ("trace", "trace, value model"):
+            curve = arms[name]["curve"]
+            assert curve[-1][1] - curve[0][1] >= LEAST_TRACE_RISE
+    assert json.dumps(found["summary"]) == json.dumps(study.summary(results))
+
+
 @pytest.mark.study
 @pytest.mark.timeout(3600)
 def test_bgpo_learns_sudoku_and_shuffled_rewards_do_not(tmp_path):
@@ -76,6 +96,18 @@ def test_bgpo_learns_sudoku_and_shuffled_rewards_do_not(tmp_path):
 @pytest.mark.timeout(7200)
 def test_gradient_noise_falls_as_theory_says():
     check_gradient_noise(load_study("gradient_noise").study((0, 1, 2)))
+
+
+@pytest.mark.study
+@pytest.mark.timeout(7200)
+def test_tracerl_learns_sudoku_with_and_without_a_value_model(tmp_path):
+    study = load_study("tracerl_estimators")
+    check_tracerl_estimators(study.study((0, 1, 2), tmp_path), study)
+
+
+def test_committed_study_of_tracerl():
+    found = json.loads((RESULTS / "study_tracerl_estimators.json").read_text())
+    check_tracerl_estimators(found, load_study("tracerl_estimators"))
 
 
 def test_committed_study_of_gradient_noise():
