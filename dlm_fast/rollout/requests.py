@@ -28,11 +28,11 @@ def check_family(policy: Any, config: SamplerConfig, for_trees: bool = False) ->
         return
     if for_trees:
         _check_tree_family(family, config)
-    elif config.cache == "tree":
+    elif config.cache == "tree" and family.kind != "block":
         raise ValueError(
             f"rollout.cache=tree keeps the keys of paths that share their beginnings; model family "
-            f"{family.model_type!r} decodes every row by itself: set rollout.cache to none, or to "
-            "block for block models"
+            f"{family.model_type!r} sees the whole sequence: set rollout.cache to none (exact), "
+            "prefix or dual (approximate)"
         )
     if family.mask_id is None:
         raise ValueError(

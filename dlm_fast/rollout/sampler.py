@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -77,6 +78,8 @@ def sample(
         with torch.no_grad(), evaluating(policy):
             keys: dict[str, Any] = {"max_batch": max_batch, "forward": forward, "on_done": on_done}
             return decode_rows(policy, prompt_ids, config, seed, ids, **keys)
+    if config.cache == "tree":  # of rows that never fork, prompts are all that is shared
+        config = replace(config, cache="block")
     rule = rule if rule is not None else ConfiguredRule(config)
     check_rule(rule, config)
     fixed_RW = check_fixed(policy, fixed_ids, len(prompt_ids), config)

@@ -63,7 +63,7 @@ class SamplerConfig:
     finished blocks are kept (exact, block models only). prefix: those before the current block,
     dual: all but the current block's, from the block's first step (approximate, models that see the
     whole sequence). tree: those of all paths, common beginnings once (exact; causal models, and
-    trees of rollouts)"""
+    trees of rollouts; flat rollouts of block models take it as block)"""
     cache_page: int = 0
     """tokens of a page of the cache; 0: one block, cache tree: 16. There it is a power of two"""
     cache_pages: int | None = None

@@ -162,7 +162,18 @@ def test_a_causal_model_without_a_shift_is_refused() -> None:
         sample(policy, ["1+1"], config())
 
 
-def test_kept_keys_of_trees_are_not_for_diffusion_rows() -> None:
+def test_flat_rows_of_block_models_take_the_cache_of_trees_as_their_own() -> None:
+    policy = dlm_fast.load("tiny", kind="block", block_size=8, width=16, layers=1, heads=2)
+    made = [
+        sample(policy, ["1+1"] * 3, config(cache=cache, temperature=1.0), seed=2)
+        for cache in ("block", "tree")
+    ]
+    for one, other in zip(*made, strict=True):
+        assert torch.equal(one.response_ids, other.response_ids)
+        assert torch.equal(one.logp_rollout, other.logp_rollout)
+
+
+def test_models_that_see_everything_keep_no_keys_of_trees() -> None:
     policy = dlm_fast.load("tiny", width=16, layers=1, heads=2)
     with pytest.raises(ValueError, match=r"rollout\.cache=tree keeps the keys of paths"):
         sample(policy, ["1+1"], config(cache="tree"))
