@@ -23,6 +23,7 @@ from dlm_fast.training.collect import (
     finish_rollout_metrics,
 )
 from dlm_fast.training.data import Examples, ExampleStream, choose_examples, load_examples
+from dlm_fast.training.demonstrations import worth_imitating
 from dlm_fast.training.distributed import Runtime
 from dlm_fast.training.evaluate import evaluate, evaluation_sampler
 from dlm_fast.training.metrics import MetricSums, Row, add_memory
@@ -94,7 +95,8 @@ class Trainer:
             )
         limits = train_config.max_prompt_tokens, train_config.long_prompts
         self.prompts = PromptEncoder(policy, task, self.rollout.max_new_tokens, *limits)
-        self.examples = load_examples(task, data, "train", self.prompts)
+        found = load_examples(task, data, "train", self.prompts)
+        self.examples = worth_imitating(found, data, task, policy, train_config)
         self.eval_examples: Sequence[dict[str, Any]] = ()
         if train_config.eval_every:
             held_out = load_examples(task, eval_data, "test", self.prompts)

@@ -28,6 +28,12 @@ class TrainConfig:
     long_prompts: Literal["error", "drop", "truncate"] = "error"
     """longer prompts: refuse the data before the run starts, leave such examples out, or cut the
     beginning of the prompt; what is left out or cut is counted and said"""
+    max_demonstration_tokens: int = 0
+    """fine-tuning on a data file: longer demonstrations are left out; 0: one that does not fit into
+    rollout.max_new_tokens is an error"""
+    only_right_demonstrations: bool = False
+    """fine-tuning on a data file: leave out demonstrations that the task's own checker calls wrong
+    """
     score_threads: int = 4
     """threads that score completions while others are still being decoded, for tasks that allow it;
     0: score when all are decoded. The same rewards"""
@@ -92,6 +98,7 @@ class TrainConfig:
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in (
             "max_prompt_tokens",
+            "max_demonstration_tokens",
             "score_threads",
             "eval_every",
             "eval_examples",
