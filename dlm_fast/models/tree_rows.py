@@ -153,7 +153,8 @@ class BlockRows(PoolRows):
     ) -> Tensor:
         """Attention over the paths, merged with attention inside the blocks."""
         above = tree_attention(q_THd, self.pool, self.plan, layer=layer, scale=scale)
-        inside = self._inside(q_THd, k_TGd, v_TGd, scale)
+        with torch.autocast(q_THd.device.type, enabled=False):  # which rounds float32 products
+            inside = self._inside(q_THd, k_TGd, v_TGd, scale)
         merged = merge_attention_states(
             torch.stack([above.out, inside.out], 1), torch.stack([above.lse, inside.lse], 1)
         )

@@ -7,7 +7,6 @@ not depend on its company.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -182,10 +181,9 @@ class GrowingTree:
 
     def _score(self, node: PathNode) -> float:
         nodes = [node] if self._config.share_score == "segment" else node.path()[1:]
-        if self._growth.grid > 1:  # tokens of a block are drawn together: confidence ranks them
-            values = [math.log(max(c, 1e-30)) for one in nodes for c in one.confidences]
-        else:
-            values = [value for one in nodes for value in one.logprobs]
+        # tokens of a block are drawn together: their confidence ranks the paths
+        name = "confidences" if self._growth.grid > 1 else "logprobs"
+        values = [value for one in nodes for value in getattr(one, name)]
         return sum(values) if self._config.share_score == "sum" else sum(values) / len(values)
 
     def _finish(self, path: _Path, reason: Reason) -> None:

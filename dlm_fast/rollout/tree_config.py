@@ -65,7 +65,7 @@ class TreeConfig:
     """share logprob: which paths get more"""
     share_score: Literal["sum", "mean", "segment"] = "mean"
     """share logprob: sum or mean over the path, or mean over its last segment. Block models: of
-    the log of the confidence"""
+    the confidence"""
     share_temperature: float = 2.0
     """share logprob: temperature of the softmax (tau), at the start of the training"""
     share_temperature_end: float | None = None

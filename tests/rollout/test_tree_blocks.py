@@ -197,6 +197,25 @@ def test_rollouts_say_their_blocks(policy: Any) -> None:
     assert {t.block_size for t in made} == {B} and len(made) == 6
 
 
+@pytest.mark.parametrize("kind", ["causal", "block"])
+def test_sixteen_bits_and_autocast(kind: str) -> None:
+    options = {
+        "kind": kind,
+        "width": 48,
+        "layers": 2,
+        "heads": 2,
+        **({"block_size": B} if kind == "block" else {}),
+    }
+    config = TreeConfig(**SMALL)
+    half = dlm_fast.load("tiny", dtype="bfloat16", **options)
+    [tree] = sample_trees(half, PROMPTS[:1], drawing(cache="tree"), config)
+    check_tree(tree, config)
+    full = dlm_fast.load("tiny", **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        [tree] = sample_trees(full, PROMPTS[:1], drawing(cache="tree"), config)
+    check_tree(tree, config)
+
+
 @pytest.mark.parametrize(
     ("tree", "sampling", "message"),
     [

@@ -342,3 +342,25 @@ def test_logits_that_are_no_numbers_are_an_error() -> None:
 
     with pytest.raises(ValueError, match="logits are not finite"):
         grow(policy, TreeConfig(**SMALL), forward=broken)
+
+
+@pytest.mark.parametrize(("prefer", "most"), [("low", ord("z")), ("high", ord("b"))])
+def test_copies_go_to_the_preferred_log_probabilities(prefer: Any, most: int) -> None:
+    def script(path: Sequence[int], uniform: float) -> int:
+        if len(path) > 1:
+            return ord("c")
+        script.count += 1  # type: ignore[attr-defined]
+        return ord("b") if script.count == 1 else ord("z")  # type: ignore[attr-defined]
+
+    script.count = 0  # type: ignore[attr-defined]
+    config = TreeConfig(
+        leaves=6,
+        segment=1,
+        max_depth=4,
+        share="logprob",
+        share_prefer=prefer,
+        share_temperature=0.01,
+    )
+    [tree] = grow(ScriptedPolicy(script), config)
+    copies = {child.tokens[0]: len(child.children) for child in tree.root.children}
+    assert copies == {most: 3, ord("b") + ord("z") - most: 1}
