@@ -64,8 +64,8 @@ class SamplingPlan:
     """None: no rollouts; every group holds one trajectory, the task's own demonstration"""
     rollout: Callable[..., list[Trajectory]] | None = None
     """replaces ``dlm_fast.sample`` (trees, expert rows); called as rollout(policy, prompts,
-    sampler, seed=..., sequence_ids=...) with one entry per rollout, returns as many trajectories,
-    unscored"""
+    sampler, seed=..., sequence_ids=..., max_batch=...) with one entry per rollout, returns as many
+    trajectories, unscored"""
     traces: bool = False
     """groups carry the task's trace of a right completion (``Group.trace``)"""
     fill_to: int = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -114,7 +113,7 @@ def _largest_groups(trainer: Trainer, longest: list[int]) -> list[Group]:
     prompts = min(prompts, plan.num_prompts, len(longest))
     sampler = plan.sampler or trainer.rollout
     sampler = replace(sampler, steps=sampler.num_blocks, early_stop=False)
-    roll = plan.rollout or partial(sample, max_batch=trainer.config.rollout_batch)
+    roll = plan.rollout or sample
     groups = []
     with trainer.whole_weights():
         for index in longest[:prompts]:
@@ -126,6 +125,7 @@ def _largest_groups(trainer: Trainer, longest: list[int]) -> list[Group]:
                 sampler,
                 seed=trainer.seed,
                 sequence_ids=list(range(plan.group_size)),
+                max_batch=trainer.config.rollout_batch,
             )
             for number, trajectory in enumerate(trajectories):
                 # different verdicts, so that no rollout is left out of the update

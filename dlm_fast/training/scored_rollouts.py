@@ -69,7 +69,7 @@ def sample_scored(
 
         told: set[int] = set()
         if rollout is not None:
-            keys = {"seed": seed, "sequence_ids": list(sequence_ids)}
+            keys = {"seed": seed, "sequence_ids": list(sequence_ids), "max_batch": max_batch}
             made = rollout(policy, prompts, sampler, **keys)
             if len(made) != len(prompts):
                 raise ValueError(
