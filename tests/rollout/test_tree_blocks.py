@@ -14,6 +14,7 @@ from dlm_fast.ops.visibility import Visibility
 from dlm_fast.rollout import sample
 from dlm_fast.rollout.path_nodes import PathNode
 from dlm_fast.rollout.pooled_blocks import PooledBlocks
+from dlm_fast.rollout.replay import replay_logprobs
 from dlm_fast.rollout.tree_config import TreeConfig
 from dlm_fast.rollout.tree_sampler import rollout_trees, sample_trees
 
@@ -74,6 +75,15 @@ def test_kept_keys_change_no_tree(policy: Any, sync: str, changes: dict[str, Any
         for a, b in zip(*(t.trajectories(seed=4, block_size=B) for t in (one, other)), strict=True):
             assert torch.equal(a.step_map, b.step_map)
             assert torch.allclose(a.logp_rollout, b.logp_rollout, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", [{}, {"rule": "dynamic", "bound": 0.3}], ids=str)
+def test_log_probabilities_are_those_of_a_replay(policy: Any, rule: dict[str, Any]) -> None:
+    sampling = drawing(cache="tree", **rule)
+    for tree in sample_trees(policy, PROMPTS, sampling, TreeConfig(**SMALL, **FALLS_BACK), seed=4):
+        for path in tree.trajectories(seed=4, block_size=B):
+            exact_L = replay_logprobs(policy, path, sampling)
+            torch.testing.assert_close(path.logp_rollout, exact_L, atol=1e-4, rtol=0)
 
 
 def test_nodes_end_on_the_grid(policy: Any) -> None:
