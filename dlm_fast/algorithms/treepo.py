@@ -169,7 +169,8 @@ class TreePO(Algorithm):
             raise ValueError(
                 f"model family {family.model_type!r} attends to the whole sequence, so no two "
                 "rollouts have a state in common; take a causal or block model (tiny: "
-                "model_options.kind=causal), or bgpo or tracerl for this one"
+                "model_options.kind=causal), or bgpo, tracerl or igpo for this one (igpo with "
+                "algorithm.guidance=none is GRPO)"
             )
         if family.kind == "block" and family.block_size != self.rollout.block_size:
             raise ValueError(
