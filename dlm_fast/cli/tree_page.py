@@ -5,10 +5,10 @@ from __future__ import annotations
 import html
 from typing import Any
 
-_ROW, _WIDTH, _LABEL = 22, 900, 330
+_ROW, _WIDTH, _LABEL = 22, 900, 440
 """height of a leaf's line, width of the drawing, room for a leaf's facts; pixels"""
 _STYLE = """
-body{font:14px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1250px;padding:0 1em;color:#222}
+body{font:14px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1400px;padding:0 1em;color:#222}
 pre{white-space:pre-wrap;background:#f5f5f5;padding:.6em;margin:.3em 0;border-radius:4px}
 svg text{font:12px system-ui,sans-serif}rect:hover{stroke:#000}td,th{padding:.2em .7em;
 text-align:right;border-bottom:1px solid #ddd}td:last-child,th:last-child{text-align:left}
