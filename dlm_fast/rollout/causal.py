@@ -41,9 +41,13 @@ def decode_rows(
     while rows.enter():
         try:
             network.step(list(rows.inside.values()))
-        except TreePoolExhausted:
+        except TreePoolExhausted as error:
             if len(rows.inside) == 1:
-                raise
+                raise TreePoolExhausted(
+                    f"one rollout alone needs more pages than rollout.cache_pages="
+                    f"{sampler.cache_pages}; raise it, or shorten the prompt or "
+                    f"rollout.max_new_tokens ({error})"
+                ) from None
             rows.put_back()
             continue
         done = [row for row, node in rows.inside.items() if not node.is_open]

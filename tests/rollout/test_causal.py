@@ -100,7 +100,7 @@ def test_rows_wait_for_pages_and_draw_the_same(tiny: Any) -> None:
 def test_one_row_that_does_not_fit_says_so(tiny: Any) -> None:
     small = config(cache="tree", cache_page=4, cache_pages=2)
     forbidden = {"forbid_ids": tuple(tiny.family.eos_ids)}
-    with pytest.raises(TreePoolExhausted, match="pages"):
+    with pytest.raises(TreePoolExhausted, match=r"one rollout alone.*rollout\.cache_pages=2"):
         sample(tiny, prompts_for(tiny)[:1], config(**forbidden, cache="tree", **_of(small)))
 
 
