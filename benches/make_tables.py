@@ -26,7 +26,13 @@ from table_cells import (
     shape_of,
     table,
 )
-from training_tables import attention_section, bgpo_section, tree_section, update_section
+from training_tables import (
+    attention_section,
+    bgpo_section,
+    mean_field_section,
+    tree_section,
+    update_section,
+)
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
@@ -64,6 +70,8 @@ def render(results: Path = RESULTS) -> str:
             parts.append(section(trace))
     if tree := _load(results / "tree_update.json"):
         parts.append(tree_section(tree))
+    if mean_field := _load(results / "mean_field_update.json"):
+        parts.append(mean_field_section(mean_field))
     parts.append(_providers([found for found in (cpu, cuda) if found]))
     return "\n".join(parts)
 

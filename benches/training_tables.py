@@ -158,3 +158,33 @@ def _attention_row(case: Case) -> list[str]:
         for name in ("ours", "dense")
     )
     return [*cells, values, gradients]
+
+
+def mean_field_section(found: dict[str, Any]) -> str:
+    """One forward per prompt against one per rollout."""
+    ways = ("shared", "per rollout", "released")
+    rows = [
+        [
+            row["size"],
+            f"{row['prompt']} + {row['window']}",
+            *(ms(row["seconds"][way]) for way in ways),
+            f"{row['per_rollout_over_shared']:.1f}",
+            f"{row['released_over_shared']:.1f}",
+            f"{row['loss_differs_by']:.0e}, {row['gradient_differs_by']:.0e}",
+        ]
+        for row in found["rows"]
+    ]
+    first = found["rows"][0]
+    header = ["size", "tokens", *(f"{way}, ms" for way in ways)]
+    header += ["per rollout / shared", "released / shared", "difference"]
+    return (
+        "## IGPO's likelihood stage\n\n"
+        f"Old and reference log-probabilities of {found['group']} rollouts of one prompt, and "
+        f"{found['epochs']} passes of forward, loss and backward; width {first['width']}, "
+        f"{first['vocabulary']} tokens in the vocabulary, float32. Shared: one row for the prompt. "
+        "Per rollout: a row for each, old and reference passes made once; released: made for "
+        "every pass, as the released code does. Difference: of the loss, and of the gradient, "
+        f"relative. Process CPU time, median of {found['rounds']}, {found['threads']} thread(s), "
+        f"torch {found['versions']['torch']}. Command: `python benches/mean_field_update.py`."
+        "\n\n" + table(header, rows)
+    )
