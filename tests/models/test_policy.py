@@ -303,7 +303,7 @@ REQUEST = ScoreRequest(torch.tensor([0]), torch.tensor([0]))
     ("arguments", "words"),
     [
         ({"attention_mask": torch.ones(2, 3), "logits": True}, r"attention_mask \[2, 3\] is not"),
-        ({}, "one request of score, stats, logits, idle; got none"),
+        ({}, "one request of score, stats, logits, hidden, idle; got none"),
         ({"score": REQUEST, "logits": True}, r"got \['score', 'logits'\]"),
         ({"input_ids": None, "logits": True}, "input_ids is missing"),
         ({"input_ids": INPUT.flatten(), "logits": True}, r"input_ids \[6\] is a pack and needs"),
