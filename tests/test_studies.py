@@ -85,6 +85,34 @@ def check_tracerl_estimators(found: dict, study: ModuleType) -> None:
     assert json.dumps(found["summary"]) == json.dumps(study.summary(results))
 
 
+def check_treepo_countdown(found: dict) -> None:
+    """Both arms learn from one warm start; curves end where as many tokens are decoded."""
+    assert [result["seed"] for result in found["results"]] == [0, 1, 2]
+    for result in found["results"]:
+        tree, flat = result["curves"]["tree"], result["curves"]["flat"]
+        assert tree[0] == flat[0], "the same warm start"
+        assert max(tree[-1]["tokens"], flat[-1]["tokens"]) <= found["tokens"]
+        assert min(tree[-1]["tokens"], flat[-1]["tokens"]) > 0.8 * found["tokens"]
+        assert tree[-1]["step"] > 2 * flat[-1]["step"], "sharing buys steps"
+        for name, curve in result["curves"].items():
+            rise = curve[-1]["solved"] - curve[0]["solved"]
+            assert result["rise"][name] == pytest.approx(rise)
+    for name, mean in found["mean_rise"].items():
+        rises = [result["rise"][name] for result in found["results"]]
+        assert mean == pytest.approx(statistics.fmean(rises))
+        assert mean > 0.05
+
+
+@pytest.mark.study
+@pytest.mark.timeout(3600)
+def test_trees_and_independent_rollouts_learn_countdown():
+    check_treepo_countdown(load_study("treepo_countdown").study((0, 1, 2)))
+
+
+def test_committed_study_of_treepo():
+    check_treepo_countdown(json.loads((RESULTS / "study_treepo_countdown.json").read_text()))
+
+
 @pytest.mark.study
 @pytest.mark.timeout(3600)
 def test_bgpo_learns_sudoku_and_shuffled_rewards_do_not(tmp_path):
