@@ -230,7 +230,7 @@ def test_run_config_is_checked():
     with pytest.raises(ValueError, match="seed must be 0 or more"):
         RunConfig(seed=-1)
     with pytest.raises(
-        ValueError, match="unknown algorithm 'ppo'; known: bgpo, .*treepo, grpo, sft"
+        ValueError, match=r"unknown algorithm 'ppo'; known: bgpo, .*treepo, grpo, sft"
     ):
         run_config.run_config_type("ppo")
 
