@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from dlm_fast.algorithms.contract import Metrics
+from dlm_fast.algorithms.contract import Largest, Metrics
 from dlm_fast.rollout.trajectory import Group, trajectories_of
 from dlm_fast.rollout.tree import PackedTree
 
@@ -15,8 +15,8 @@ REASONS = ("answer", "unclosed", "eos", "max_depth", "max_tokens", "repetition",
 
 def tree_metrics(trees: Sequence[PackedTree], groups: Sequence[Group], max_depth: int) -> Metrics:
     """(sum, count) each, over the trees of the groups; the sampler's own facts where it left any
-    (``detail["tree"]``: reason, fallback, step). Shares are told where they are 0 too, or the
-    processes' numbers would not add up. Leaves below ``max_depth`` count there."""
+    (``detail["tree"]``: reason, fallback, step, pages_peak). Shares are told where they are 0 too,
+    or the processes' numbers would not add up. Leaves below ``max_depth`` count there."""
     count = float(len(trees))
     leaves = float(sum(tree.num_leaves for tree in trees))
     flat = float(sum(tree.num_flat_tokens for tree in trees))
@@ -61,5 +61,6 @@ def _sampler_facts(groups: Sequence[Group], count: float) -> Metrics:
         "tree/fallback_leaves": (from_fallback, leaves),
         "tree/leaves_before_fallback": (leaves - from_fallback, count),
         "tree/finish_step": (sum(steps), float(len(steps))),
+        "tree/pages_peak": Largest(max(fact.get("pages_peak", 0) for fact in facts)),
         **{f"tree/reason_{name}": (float(reasons[name]), leaves) for name in REASONS},
     }

@@ -66,6 +66,11 @@ class BlockPaths:
         self._blocks: dict[PathNode, OpenBlock] = {}
         self.tokens_forwarded = 0
 
+    @property
+    def pages_peak(self) -> int:
+        """No keys are kept."""
+        return 0
+
     def step(self, nodes: Sequence[PathNode]) -> None:
         """One denoising forward of each node's block; a finished block joins its node."""
         self._prepare(nodes)

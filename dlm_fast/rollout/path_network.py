@@ -57,6 +57,11 @@ class PathNetwork(Protocol):
     tokens_forwarded: int
     """tokens that went through the network so far"""
 
+    @property
+    def pages_peak(self) -> int:
+        """Most pages of keys in use at once so far; 0 where no keys are kept."""
+        ...
+
     def step(self, nodes: Sequence[PathNode]) -> None:
         """One forward; every node, which must be open, gets a drawn token. On an error no node has
         changed. Raises ``TreePoolExhausted`` where pages are too few."""
@@ -116,6 +121,10 @@ class WholePaths:
         self._policy, self._forward, self._drawing = policy, forward, drawing
         self._device = getattr(policy, "device", "cpu")
         self.tokens_forwarded = 0
+
+    @property
+    def pages_peak(self) -> int:
+        return 0
 
     def step(self, nodes: Sequence[PathNode]) -> None:
         sources, source_N = sources_of(nodes)

@@ -20,6 +20,11 @@ class PoolKeeper:
 
     pool: TreeKVPool
 
+    @property
+    def pages_peak(self) -> int:
+        """Most pages in use at once so far."""
+        return self.pool.stats.peak_pages
+
     def finish(self, node: PathNode) -> None:
         """Its pages may be taken, until it or a child of it draws again."""
         if node.is_pinned:

@@ -42,6 +42,8 @@ class RolloutTree:
     """paths that ended too short and were replaced"""
     fallbacks: int = 0
     """times that finished paths were continued"""
+    pages_peak: int = 0
+    """most pages of keys in use at once, by all trees of its call; 0: no keys were kept"""
 
     @property
     def flat_tokens(self) -> int:

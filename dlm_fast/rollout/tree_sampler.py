@@ -80,6 +80,8 @@ def sample_trees(
             if prompt is not None
         }
         _Batch(network, growing, tree.sync, max_batch, sampler.cache_pages).run(on_done)
+        for one in growing.values():
+            one.tree.pages_peak = network.pages_peak
     return [_tree(policy, growing.get(n), prompts[n]) for n in range(len(prompts))]
 
 
@@ -128,12 +130,15 @@ def rollout_trees(
     number = 0
     for (group, first, _), one in zip(chunks, trees, strict=True):
         number = 0 if first == group.start else number
-        made += one.trajectories(
+        leaves = one.trajectories(
             seed=seed,
             block_size=policy.family.block_size or 1,
             record_confidence=sampler.record_confidence,
             first_number=number,
         )
+        for leaf in leaves:
+            leaf.detail["tree"]["pages_peak"] = one.pages_peak
+        made += leaves
         number += len(one.numbers())
     return made
 

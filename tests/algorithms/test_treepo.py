@@ -11,6 +11,7 @@ from trace_toys import context, tiny
 from tree_toys import figure_3, group, leaf, random_group
 
 from dlm_fast.algorithms import grpo, treepo
+from dlm_fast.algorithms.contract import Largest
 from dlm_fast.algorithms.tree_metrics import tree_metrics
 from dlm_fast.models.requests import ScoreRequest
 from dlm_fast.rollout.sampler_config import SamplerConfig
@@ -203,7 +204,12 @@ def test_divergence_from_the_start_of_the_run():
 def test_metrics_of_trees():
     made = figure_3()
     for k, member in enumerate(made.trajectories):
-        facts = {"reason": "eos" if k < 6 else "max_depth", "fallback": k == 7, "step": k}
+        facts = {
+            "reason": "eos" if k < 6 else "max_depth",
+            "fallback": k == 7,
+            "step": k,
+            "pages_peak": 9,
+        }
         member.detail = {"tree": facts}
     tree = PackedTree.of(made)
     found = tree_metrics([tree], [made], 4)
@@ -214,6 +220,7 @@ def test_metrics_of_trees():
     assert found["tree/finish_step"] == (28, 8)
     assert found["tree/reason_eos"] == (6, 8) and found["tree/reason_max_depth"] == (2, 8)
     assert found["tree/reason_answer"] == (0, 8)
+    assert found["tree/pages_peak"] == 9 and isinstance(found["tree/pages_peak"], Largest)
     assert [found[f"tree/depth_{d}"][0] for d in (1, 2, 3, 4)] == [2, 1, 5, 0]
     weights = [1 / 3, 1 / 3, 1 / 18, 1 / 18, 1 / 27, 1 / 27, 1 / 27, 1 / 9]
     lengths = [3, 5, 8, 8, 7, 9, 10, 6]
@@ -346,7 +353,7 @@ def test_grpo_trains_in_the_loop(kind, estimator):
 # --- trees from the sampler
 
 
-def trained(kind="causal", max_steps=2, **options):
+def trained(kind="causal", max_steps=2, cache="none", **options):
     tree = TreeConfig(leaves=6, segment=4, max_depth=2, answer="none")
     trainer = Trainer(
         tiny(kind).float(),
@@ -360,18 +367,21 @@ def trained(kind="causal", max_steps=2, **options):
             device="cpu",
             save_every=0,
         ),
-        rollout=replace(ROLLOUT, max_new_tokens=8, steps=8),
+        rollout=replace(ROLLOUT, max_new_tokens=8, steps=8, cache=cache),
         seed=3,
     )
     return trainer.run()
 
 
 def test_sampled_trees_train_in_the_loop():
-    rows = [trained(rows_per_forward=budget).metrics for budget in (8192, 40)]
+    variants = ((8192, "none"), (40, "tree"))
+    rows = [trained(rows_per_forward=n, cache=cache).metrics for n, cache in variants]
     for name in ("loss", "policy/logprob", "tree/unique_tokens", "policy/grad_norm"):
         assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-4)
     assert rows[0]["tree/mismatch_largest"] < 1e-4
     assert rows[0]["tree/depth_2"] == 1 and rows[0]["tree/leaves"] == 6
+    # three trees of 13 nodes at most, each node less than two pages of 16 tokens
+    assert rows[0]["tree/pages_peak"] == 0 and 3 < rows[1]["tree/pages_peak"] <= 3 * 13 * 2
     assert 0 <= rows[0]["tree/fallback_leaves"] <= 1
     assert sum(v for name, v in rows[0].items() if name.startswith("tree/reason_")) == 1
     # six leaves on two nodes behind the prompt: more is shared than the prompt

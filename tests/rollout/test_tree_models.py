@@ -115,6 +115,8 @@ def test_every_token_goes_through_the_network_once(
     ends = sum(len(tree.leaves) for tree in trees)  # nobody reads the last token of a leaf
     prompts = sum(prompt.numel() for prompt in PROMPTS)
     unique = sum(tree.unique_tokens for tree in trees)
+    peak = network.pool.stats.peak_pages  # type: ignore[attr-defined]
+    assert [tree.pages_peak for tree in trees] == [peak] * 3 and peak >= -(-unique // 16)
     assert network.tokens_forwarded == prompts + unique - ends + again
     assert unique < sum(tree.flat_tokens for tree in trees)
 

@@ -19,6 +19,8 @@ from tree_scripts import (
 
 from dlm_fast.rollout import sample
 from dlm_fast.rollout.growing_tree import GrowingTree
+from dlm_fast.rollout.trajectory import Group
+from dlm_fast.rollout.tree import PackedTree
 from dlm_fast.rollout.tree_config import TreeConfig
 from dlm_fast.rollout.tree_sampler import rollout_trees
 
@@ -209,6 +211,17 @@ def test_fallback_goes_on_from_finished_paths() -> None:
         assert any(flags) == bool(tree.fallbacks) and not flags[0]
 
 
+def test_paths_that_all_end_with_their_first_token_stay_apart() -> None:
+    policy = ScriptedPolicy(writes("\0"))
+    [tree] = grow(policy, TreeConfig(**SMALL))
+    made = tree.trajectories(seed=0, block_size=1)
+    assert [t.response_ids.tolist() for t in made] == [[EOS]] * 8
+    assert len({t.node_path for t in made}) == 8 == len(tree.root.children) == tree.unique_tokens
+    assert [t.detail["tree"]["step"] for t in made[:2]] == [1, 1]
+    packed = PackedTree.of(Group(task_id=0, prompt_ids=tree.prompt_ids, trajectories=made))
+    assert (packed.num_leaves, packed.num_tokens, packed.num_flat_tokens) == (8, 9, 16)
+
+
 def test_without_fallback_a_tree_stays_small() -> None:
     policy = ScriptedPolicy(writes("\0"))
     [tree] = grow(policy, TreeConfig(**SMALL, fallback="none"))
@@ -267,6 +280,7 @@ def test_entries_of_a_prompt_become_leaves_of_its_trees() -> None:
         policy, prompts, sampler(20), tree=TreeConfig(**SMALL), seed=2, sequence_ids=range(20)
     )
     assert [t.prompt_ids.tolist() for t in made] == [p.tolist() for p in prompts]
+    assert {t.detail["tree"]["pages_peak"] for t in made} == {0}  # cache none keeps no keys
     first, second = made[:8], made[8:11]
     highest = max(max(t.node_path) for t in first)
     assert min(min(t.node_path) for t in second) == highest + 1
