@@ -42,10 +42,12 @@ def check_gradient_noise(found: dict) -> None:
     assert found["versions"]["torch"] and found["machine"]["processor"]
     for result in [*(r["samplers"] for r in found["seeds"]), found["all_seeds"]]:
         value, low, high = result["l_iid"]["slope"]
-        assert low <= -0.5 <= high and high - low < 0.2, "independent masks: -1/2"
+        # one seed of three may miss its own 95 % interval: three standard errors for each of them
+        reach = 1.5 if result is not found["all_seeds"] else 1.0
+        assert high - low < 0.2 and value + reach * (low - value) <= -0.5
+        assert -0.5 <= value + reach * (high - value), "independent masks: -1/2"
         value, low, high = result["coupled"]["ratio"]
-        assert value < 1, "pairs of complements are quieter than independent masks"
-    assert high < 1, "and, over all seeds, beyond the interval"
+        assert high < 1, "pairs of complements are quieter than independent masks, in each seed"
 
 
 def check_report(found: dict) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,16 +25,38 @@ import dlm_fast
 from dlm_fast.cli.info import facts
 from dlm_fast.config import to_dict
 from dlm_fast.training.demonstration import DemonstrationConfig
-from dlm_fast.training.gradient_noise import Measurement, NoiseConfig, measure_tiny
+from dlm_fast.training.gradient_noise import (
+    Measurement,
+    NoiseConfig,
+    measure,
+    rollouts,
+    warm_started,
+)
 from dlm_fast.training.noise_report import plot, report
 
 NOISE = NoiseConfig(samples=(1, 2, 4, 8, 16), repetitions=32, prompts=4, group_size=4)
+COMPARED = ("l_iid", "coupled")
+"""samplers whose slope and ratio check theory, with more repetitions: they lie close together"""
+MORE_REPETITIONS = 3
+"""times as many"""
 WARM_START_STEPS = DemonstrationConfig().warm_start_steps
 
 
 def of_seed(config: NoiseConfig, steps: int, seed: int) -> Measurement:
     """One seed, in a process of its own."""
-    return measure_tiny(config, steps, seed=seed)
+    policy, task, rollout = warm_started(seed, steps)
+    groups = rollouts(policy, task, config, rollout=rollout, seed=seed)
+    compared = [name for name in config.samplers if name in COMPARED]
+    others = [name for name in config.samplers if name not in COMPARED]
+    parts = [
+        measure(policy, groups, part, rollout=rollout, seed=seed)
+        for part in (
+            replace(config, samplers=compared, repetitions=MORE_REPETITIONS * config.repetitions),
+            replace(config, samplers=others),
+        )
+    ]
+    by_sampler = [cell for name in config.samplers for part in parts for cell in part.of(name)]
+    return replace(parts[0], cells=by_sampler)
 
 
 def study(
@@ -55,7 +78,11 @@ def study(
         + f" --jobs {jobs}",
         "versions": {"dlm_fast": dlm_fast.__version__, **machine["versions"]},
         "machine": {**machine["machine"], "cores": os.cpu_count(), "threads": threads},
-        "options": {**to_dict(config), "warm_start_steps": steps},
+        "options": {
+            **to_dict(config),
+            "repetitions of " + " and ".join(COMPARED): MORE_REPETITIONS * config.repetitions,
+            "warm_start_steps": steps,
+        },
         **report(measurements),
     }
 
