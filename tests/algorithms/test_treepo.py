@@ -10,7 +10,7 @@ from fake_training import DigitsTask
 from trace_toys import context, tiny
 from tree_toys import figure_3, group, leaf, random_group
 
-from dlm_fast.algorithms import grpo, treepo
+from dlm_fast.algorithms import treepo
 from dlm_fast.algorithms.contract import Largest
 from dlm_fast.algorithms.tree_metrics import tree_metrics
 from dlm_fast.models.requests import ScoreRequest
@@ -301,53 +301,6 @@ def test_unscored_leaves_are_refused(policy):
     algorithm, made, _ = build(policy)
     with pytest.raises(ValueError, match="leaf 3 of the tree of group 0 has reward nan"):
         algorithm.prepare([members], made)
-
-
-# --- GRPO
-
-
-def test_grpo_is_the_plain_objective(policy):
-    """Against the formula, rollout by rollout."""
-    config = grpo.Config(group_size=4, loss_agg="seq_mean_len")
-    algorithm = config.build(rollout=ROLLOUT, num_prompts=1, mask_id=-1, seed=0)
-    made, _ = context(algorithm, policy)
-    assert algorithm.sampling(0).rollout is None and algorithm.sampling(0).group_size == 4
-    lengths, rewards = (2, 5, 3, 4), (1.0, 0.0, 0.0, 1.0)
-    members = [
-        leaf((), (), [10 + k + i for i in range(n)], reward=r)
-        for k, (n, r) in enumerate(zip(lengths, rewards, strict=True))
-    ]
-    ((micro,),) = algorithm.prepare([group(members)], made)
-    net = ((micro.plus - micro.minus) / micro.divisor).split(list(lengths))
-    scale = torch.tensor(rewards).std().item() + 1e-6
-    for own, n, r in zip(net, lengths, rewards, strict=True):
-        assert own.tolist() == pytest.approx([(r - 0.5) / scale / n / 4] * n)
-    assert len(micro.rows.input_ids) == 3 + sum(lengths)  # the prompt once
-
-
-@pytest.mark.parametrize("kind", ["causal", "block"])
-@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
-def test_grpo_trains_in_the_loop(kind, estimator):
-    """Even digits are rewarded; the same numbers with small passes."""
-    rows = []
-    for budget in (8192, 40):
-        trainer = Trainer(
-            tiny(kind).float(),
-            DigitsTask(),
-            grpo.Config(
-                group_size=4, estimator=estimator, reject="reward", rows_per_forward=budget
-            ),
-            TrainConfig(
-                max_steps=2, prompts_per_step=3, lr=3e-3, eval_every=0, device="cpu", save_every=0
-            ),
-            rollout=replace(ROLLOUT, max_new_tokens=8, steps=8),
-            seed=3,
-        )
-        rows.append(trainer.run().metrics)
-    for name in ("loss", "policy/logprob", "tree/unique_tokens", "policy/grad_norm"):
-        assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-4)
-    assert rows[0]["tree/sharing"] > 1 and rows[0]["tree/mismatch"] < 1e-4
-    assert rows[1]["tree/rows"] >= rows[0]["tree/rows"]
 
 
 # --- trees from the sampler

@@ -305,6 +305,7 @@ def wrong_arguments():
         (planned(counts=[1]), ValueError, "one row count for each node"),
         (planned(counts=9, causal=True), ValueError, "has 8 tokens on its path, .* 9 rows"),
         (planned(counts=-1), ValueError, "cannot have -1 rows"),
+        (planned(counts=2**31), ValueError, r"more than 2\^31 keys or states; plan fewer rows"),
         (planned([gone]), ValueError, "was released"),
         (lambda: tree_attention(q.double(), pool, plan), TypeError, "q must be float32"),
         (lambda: tree_attention(q[:1], pool, plan), ValueError, r"q must be \[2, 4, 8\]"),
