@@ -18,9 +18,13 @@ def load_examples(
     task: Any, source: Examples, split: Literal["train", "test"], prompts: PromptEncoder
 ) -> Sequence[dict[str, Any]]:
     """Examples whose prompts fit, or are cut to fit when they are encoded."""
-    if source is None:
-        return task.load(None, split)  # generated: prompts of one kind, and many of them
     option = "data" if split == "train" else "eval_data"
+    if source is None:
+        try:
+            return task.load(None, split)  # generated: prompts of one kind, and many of them
+        except ValueError as error:
+            without = " (train.eval_every=0 does without)" if split == "test" else ""
+            raise ValueError(f"{option} is missing{without}: {error}") from error
     if isinstance(source, str):
         examples, file = task.load(source, split), source
     else:

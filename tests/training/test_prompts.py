@@ -109,3 +109,16 @@ def test_options_are_checked():
         TrainConfig(long_prompts="shorten")
     with pytest.raises(ValueError, match=r"train\.max_prompt_tokens must be 0 or more"):
         TrainConfig(max_prompt_tokens=-1)
+
+
+def test_a_task_without_data_of_its_own_names_the_missing_option(file, tmp_path):
+    (tmp_path / "reward.py").write_text("def reward(completion, example):\n    return 0.0\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "2+2="}')
+    task = tasks.get(f"{tmp_path}/reward.py:reward")
+    config = TrainConfig(max_steps=1, prompts_per_step=1, device="cpu")
+    for data, words in (
+        (None, "data is missing: task"),
+        (str(tmp_path / "rows.jsonl"), r"eval_data is missing \(train.eval_every=0 does without\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Trainer(tiny_policy(), task, ImitationConfig(), config, rollout=ROLLOUT, data=data)
